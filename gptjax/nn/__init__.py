@@ -1,0 +1,1 @@
+"""The one transformer: configuration, modules, caches and costs."""

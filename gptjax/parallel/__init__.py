@@ -1,0 +1,1 @@
+"""Meshes, the one partitioning table, and hosts."""
