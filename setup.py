@@ -1,0 +1,48 @@
+"""Installs gptjax; `pip install -e .[test]` for development, `.[tpu]` or `.[gpu]` on accelerators.
+
+Lower bounds are the oldest versions that the test suite has passed with; nothing is pinned from above.
+"""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.1",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "matplotlib>=3.9",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pyarrow>=18",
+    "sentencepiece>=0.2.1",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
+    "zstandard>=0.23",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda13]"],
+    "gpu-cuda12": ["jax[cuda12]"],
+    "test": [
+        "hypothesis>=6.100",
+        "import-linter>=2.3",
+        "mypy>=1.15",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.11",
+    ],
+}
+
+setup(
+    name="gptjax",
+    version="0.1.0",
+    description="GPT-class language models in JAX: data, pretraining, evaluation and generation, from a laptop to a pod",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gptjax", "gptjax.*"]),
+    package_data={"gptjax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

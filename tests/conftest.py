@@ -1,0 +1,53 @@
+"""Eight simulated CPU devices, a compilation cache that outlives the run, and optional real data.
+
+The environment is set when this file is imported, before any test imports JAX, and so also
+reaches the processes that tests start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NUM_DEVICES = 8
+
+
+def _machine() -> str:
+    """A name for this kind of processor: compiled CPU code of one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _set_environment() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "jax" / _machine()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    # Tests compile thousands of small programs, below JAX's thresholds for being worth storing.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    # Charts are drawn to files; a display may be absent.
+    os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+_set_environment()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The directory of real tokenizers, texts and tiny checkpoints; the test is skipped without it."""
+    directory = Path(os.environ.get("GPTJAX_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not directory.is_dir():
+        pytest.skip(f"no real data at {directory}; set GPTJAX_DATA to its directory")
+    return directory
