@@ -1,0 +1,127 @@
+"""Many hosts as one: start-up, data from each host, agreement among them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+
+def initialize() -> None:
+    """Connects the processes of a job, before any other use of JAX; alone, it does nothing.
+
+    Recognised: `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, Slurm and
+    Open MPI jobs of several tasks, and TPU VMs, where the metadata server knows the rest.
+    """
+    if jax.distributed.is_initialized():
+        return
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator:
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=_required_int("JAX_NUM_PROCESSES"),
+            process_id=_required_int("JAX_PROCESS_ID"),
+        )
+    elif _several_tasks("SLURM_NTASKS") or _several_tasks("OMPI_COMM_WORLD_SIZE") or _on_tpu_vm():
+        jax.distributed.initialize()
+    else:
+        return
+    logging.info(
+        "process %d of %d, %d local of %d devices",
+        jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(),
+    )  # fmt: skip
+
+
+def _required_int(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise ValueError(f"JAX_COORDINATOR_ADDRESS is set, so {name} must be a number, got {value!r}")
+    return int(value)
+
+
+def _several_tasks(name: str) -> bool:
+    return os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1
+
+
+def _on_tpu_vm() -> bool:
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0]
+    return wanted == "tpu" and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")) and _has_libtpu()
+
+
+def _has_libtpu() -> bool:
+    try:
+        import libtpu  # noqa: F401, PLC0415
+    except ImportError:
+        return False
+    return True
+
+
+def is_lead() -> bool:
+    """True on the one process that logs and writes small files."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has reached the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_host(flag: bool) -> bool:
+    """True everywhere when the flag is set on any process; a collective, so all must call it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
+    """Which rows of a global `[B, T]` batch this process must load: `(group, num_groups)`.
+
+    The batch falls into `num_groups` equal runs of rows. Processes that hold different parts of
+    the same rows (context or tensor parallelism across hosts) are in the same group.
+
+    Raises:
+      ValueError: when a process's devices hold rows that are not one such run.
+    """
+    slices = {index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    start, stop = min(first for first, _ in slices), max(last for _, last in slices)
+    size = stop - start
+    if sum(last - first for first, last in slices) != size or shape[0] % size or start % size:
+        raise ValueError(
+            f"process {jax.process_index()} holds rows {sorted(slices)} of {shape[0]}, not one run of them: "
+            "make the batch axes of the mesh (data, fsdp, expert) a multiple or a divisor of the number of hosts"
+        )
+    return start // size, shape[0] // size
+
+
+def to_global(rows: Any, sharding: NamedSharding) -> Any:
+    """Global arrays from the rows of this process's `row_group`; leaves are `[B / num_groups, T]`."""
+
+    def assemble(local: np.ndarray) -> jax.Array:
+        local = np.asarray(local)
+        if jax.process_count() == 1:
+            return jax.device_put(local, sharding)
+        rows_per_group, length = local.shape
+        num_rows = _num_rows(sharding, rows_per_group)
+        first = row_group(sharding, (num_rows, length))[0] * rows_per_group
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(num_rows)
+            return local[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback((num_rows, length), sharding, part)
+
+    return jax.tree.map(assemble, rows)
+
+
+def _num_rows(sharding: NamedSharding, rows_per_group: int) -> int:
+    """The global number of rows whose group for this process has `rows_per_group` of them."""
+    probe = int(np.prod([sharding.mesh.shape[axis] for axis in sharding.mesh.axis_names]))
+    length = sharding.mesh.size
+    return rows_per_group * row_group(sharding, (probe, length))[1]

@@ -1,0 +1,104 @@
+"""Device meshes: how many devices go to which kind of parallelism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 on at most one axis takes all that remain.
+
+    Attributes:
+      data: replicas of the parameters, each with its part of the batch.
+      fsdp: parts of the batch whose parameters and optimizer state are sharded too (ZeRO-3).
+      expert: parts of the experts; the batch is split over it as well.
+      context: parts of the sequence.
+      tensor: parts of heads, feed-forward and vocabulary (Megatron).
+      rules: name of the partitioning table in `parallel.rules.PRESETS`.
+    """
+
+    data: int
+    fsdp: int
+    expert: int
+    context: int
+    tensor: int
+    rules: str = "standard"
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, with -1 on at most one axis")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def resolve(self, num_devices: int) -> tuple[int, ...]:
+        """The sizes with -1 replaced, for `num_devices` devices.
+
+        Raises:
+          ValueError: when the product is not the number of devices.
+        """
+        fixed = math.prod(size for size in self.sizes if size != -1)
+        sizes = tuple(num_devices // fixed if size == -1 else size for size in self.sizes)
+        if math.prod(sizes) != num_devices:
+            wanted = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+            raise ValueError(
+                f"mesh {wanted} does not fit {num_devices} device(s): the product of the sizes "
+                f"must be {num_devices}; set one axis to -1 to take what is left"
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `AXES`, laid out so that neighbours on an axis are near in the network.
+
+    A mesh with fixed sizes whose product is below the number of local devices takes the first ones
+    on a single host; several hosts must use every device.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(config.sizes)
+    if 0 < wanted < len(devices) and jax.process_count() == 1:
+        devices = devices[:wanted]
+    sizes = config.resolve(len(devices))
+    if devices[0].platform == "cpu":
+        grid = np.array(devices).reshape(sizes)
+    elif getattr(devices[0], "num_slices", 1) > 1 or len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+        grid = _multislice_grid(sizes, devices)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _multislice_grid(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Slices are joined by the slow data-centre network, which only the `data` axis may cross."""
+    num_slices = len({device.slice_index for device in devices})
+    if sizes[0] % num_slices:
+        raise ValueError(
+            f"mesh data={sizes[0]} is not a multiple of the {num_slices} slices: only the data axis may cross slices"
+        )
+    inside = (sizes[0] // num_slices, *sizes[1:])
+    across = (num_slices, *(1 for _ in sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: where the computation being traced will run.
+
+    The mesh in use decides, so that lowering for a pod from a laptop picks the pod's kernels.
+    """
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty and isinstance(mesh, Mesh):
+        name = mesh.devices.flat[0].platform
+        return "gpu" if name in ("cuda", "rocm") else name
+    return jax.default_backend()
