@@ -1,0 +1,203 @@
+"""Cross-entropy over a large vocabulary without keeping the logits.
+
+`chunked_loss` walks over the sequence, and where the loss is differentiated it computes the
+gradients of each chunk right after its logits: a scalar sum has a known cotangent up to one
+factor, so nothing of size `[B, T, V]` outlives its chunk and the head product is not
+recomputed. Source: Liger Kernel (arXiv:2410.10989), section 3.2, fused linear cross-entropy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.types import Array
+
+
+class TokenLoss(NamedTuple):
+    """Per-token results of `softmax_nll`, each of the targets' shape and float32.
+
+    Attributes:
+      nll: `log_z - logits[target]`.
+      log_z: log of the sum of exponentials.
+      correct: 1 where the target alone has the highest logit.
+    """
+
+    nll: Array
+    log_z: Array
+    correct: Array
+
+
+def softmax_nll(logits: Array, targets: Array) -> TokenLoss:
+    """Negative log-likelihood of `targets [...]` under `softmax(logits [..., V])`."""
+    nll, log_z, correct = _softmax_nll(logits, targets)
+    return TokenLoss(nll, log_z, jax.lax.stop_gradient(correct))
+
+
+def chunked_loss(
+    logits_fn: Callable[[Any, Array], Array],
+    loss_fn: Callable[[Array, Any], tuple[Array, Any]],
+    hidden_BTD: Array,
+    head_params: Any,
+    extras: Any,
+    *,
+    num_chunks: int,
+) -> tuple[Array, Any]:
+    """Sums a loss over positions, with the logits of one chunk of positions at a time.
+
+    Chunk j holds the positions that are j modulo `num_chunks`, so a sequence axis that is
+    sharded over a mesh stays evenly sharded in every chunk.
+
+    Args:
+      logits_fn: `(head_params, hidden [B, T / num_chunks, D]) -> logits`.
+      loss_fn: `(logits, extras of the chunk) -> (loss sum, pytree of metric sums)`.
+      hidden_BTD: the transformer's output.
+      head_params: any pytree; gradients flow to its floating-point leaves.
+      extras: pytree of `[B, T, ...]` arrays such as targets and loss mask; no gradient.
+      num_chunks: divides T.
+
+    Returns:
+      The loss sum, differentiable once in `hidden_BTD` and `head_params`, and the summed
+      metrics, which carry no gradient.
+
+    Raises:
+      ValueError: if `num_chunks` does not divide T.
+    """
+    length = hidden_BTD.shape[1]
+    if num_chunks < 1 or length % num_chunks:
+        raise ValueError(f"num_chunks={num_chunks}: expected a divisor of the sequence length {length}")
+    loss_sum, metrics = _chunked_loss(logits_fn, loss_fn, num_chunks, hidden_BTD, head_params, extras)
+    return loss_sum, jax.lax.stop_gradient(metrics)
+
+
+def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: int = 2**28) -> int:
+    """The fewest chunks of a sequence whose float32 logits fit in `max_bytes`.
+
+    Args:
+      num_rows: sequences in the batch; divide by the devices that share it.
+    """
+    per_position = 4 * num_rows * vocab_size
+    fits = (n for n in range(1, seq_len + 1) if seq_len % n == 0 and per_position * (seq_len // n) <= max_bytes)
+    return next(fits, seq_len)
+
+
+@jax.custom_vjp
+def _softmax_nll(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
+    logits = logits.astype(jnp.float32)
+    peak = logits.max(axis=-1)
+    # A masked sum instead of a gather: it fuses with the other sums and a sharded vocabulary
+    # needs no communication of logits.
+    target_logit = jnp.sum(jnp.where(_one_hot(logits, targets), logits, 0.0), axis=-1)
+    log_z = peak + jnp.log(jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1))
+    num_peaks = jnp.sum(logits == peak[..., None], axis=-1)
+    correct = (target_logit == peak) & (num_peaks == 1)
+    return log_z - target_logit, log_z, correct.astype(jnp.float32)
+
+
+def _softmax_nll_forward(logits: Array, targets: Array) -> tuple[Any, Any]:
+    out = _softmax_nll(logits, targets)
+    return out, (logits, targets, out[1])
+
+
+def _softmax_nll_backward(residuals: Any, cotangents: Any) -> tuple[Array, Any]:
+    logits, targets, log_z = residuals
+    d_nll, d_log_z, _ = cotangents
+    softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
+    d_logits = softmax * (d_nll + d_log_z)[..., None]
+    d_logits = d_logits - jnp.where(_one_hot(logits, targets), d_nll[..., None], 0.0)
+    return d_logits.astype(logits.dtype), np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_softmax_nll.defvjp(_softmax_nll_forward, _softmax_nll_backward)
+
+
+def _one_hot(logits: Array, targets: Array) -> Array:
+    vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return vocab == targets[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked_loss(logits_fn, loss_fn, num_chunks, hidden_BTD, head_params, extras):
+    def run(hidden, extra):
+        return loss_fn(logits_fn(head_params, hidden), extra)
+
+    if num_chunks == 1:
+        return run(hidden_BTD, extras)
+
+    def body(carry, chunk):
+        return jax.tree.map(jnp.add, carry, run(*chunk)), None
+
+    chunks = jax.tree.map(functools.partial(_split, num_chunks=num_chunks), (hidden_BTD, extras))
+    zeros = _zeros_like(jax.eval_shape(run, *jax.tree.map(lambda x: x[0], chunks)))
+    return jax.lax.scan(body, zeros, chunks)[0]
+
+
+def _chunked_loss_forward(logits_fn, loss_fn, num_chunks, hidden_BTD, head_params, extras):
+    leaves, treedef = jax.tree.flatten(head_params)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+
+    def run(trained, hidden, extra):
+        trained = iter(trained)
+        merged = [next(trained) if f else leaf for f, leaf in zip(is_float, leaves, strict=True)]
+        return loss_fn(logits_fn(jax.tree.unflatten(treedef, merged), hidden), extra)
+
+    def run_with_gradients(hidden, extra):
+        loss, vjp_fn, metrics = jax.vjp(functools.partial(run, extra=extra), trained, hidden, has_aux=True)
+        d_trained, d_hidden = vjp_fn(jnp.ones_like(loss))
+        return (loss, metrics, d_trained), d_hidden
+
+    def body(carry, chunk):
+        sums, d_hidden = run_with_gradients(*chunk)
+        return jax.tree.map(jnp.add, carry, sums), d_hidden
+
+    trained = [leaf for f, leaf in zip(is_float, leaves, strict=True) if f]
+    if num_chunks == 1:
+        (loss, metrics, d_trained), d_hidden = run_with_gradients(hidden_BTD, extras)
+    else:
+        chunks = jax.tree.map(functools.partial(_split, num_chunks=num_chunks), (hidden_BTD, extras))
+        shapes = jax.eval_shape(run_with_gradients, *jax.tree.map(lambda x: x[0], chunks))[0]
+        (loss, metrics, d_trained), d_hidden = jax.lax.scan(body, _zeros_like(shapes), chunks)
+        d_hidden = _join(d_hidden)
+    d_trained = iter(d_trained)
+    d_leaves = [next(d_trained) if f else _no_gradient(leaf) for f, leaf in zip(is_float, leaves, strict=True)]
+    return (loss, metrics), (d_hidden, jax.tree.unflatten(treedef, d_leaves), extras)
+
+
+def _chunked_loss_backward(logits_fn, loss_fn, num_chunks, residuals, cotangents):
+    d_hidden, d_head, extras = residuals
+    d_loss = cotangents[0]
+
+    def scale(gradient):
+        return gradient if gradient.dtype == jax.dtypes.float0 else (gradient * d_loss).astype(gradient.dtype)
+
+    return scale(d_hidden), jax.tree.map(scale, d_head), jax.tree.map(_no_gradient, extras)
+
+
+_chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
+
+
+def _split(x: Array, *, num_chunks: int) -> Array:
+    """`[B, T, ...]` to `[C, B, T / C, ...]`."""
+    x = x.reshape(x.shape[0], x.shape[1] // num_chunks, num_chunks, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 0)
+
+
+def _join(x: Array) -> Array:
+    """Inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _zeros_like(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _no_gradient(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
