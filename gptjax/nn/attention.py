@@ -1,0 +1,110 @@
+"""Multi-head attention, with grouped or single key/value heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.struct
+from flax import linen as nn
+
+from gptjax.kernels.attention import attention
+from gptjax.nn import cache as kv_cache
+from gptjax.nn import rope
+from gptjax.nn.config import AttentionConfig, RopeConfig
+from gptjax.nn.linear import Linear
+from gptjax.nn.norm import Norm
+from gptjax.parallel.rules import constrain
+from gptjax.types import Array
+
+
+@flax.struct.dataclass
+class Context:
+    """What every layer reads besides the residual stream.
+
+    Attributes:
+      positions_BT: int32 positions within the document; -1 marks padding when decoding.
+      segment_ids_BT: int32 documents, or None where each row is one document.
+      rope_tables: `(cos, sin)` of each entry of `rope_keys`, computed once for all layers.
+      rope_keys: distinct rotary configurations of the model with their head sizes.
+      causal: whether later positions are hidden.
+    """
+
+    positions_BT: Array
+    segment_ids_BT: Array | None
+    rope_tables: tuple[tuple[Array, Array], ...]
+    rope_keys: tuple[tuple[RopeConfig, int], ...] = flax.struct.field(pytree_node=False)
+    causal: bool = flax.struct.field(pytree_node=False)
+
+    def rope_table(self, cfg: RopeConfig, head_dim: int) -> tuple[Array, Array]:
+        return self.rope_tables[self.rope_keys.index((cfg, head_dim))]
+
+
+class Attention(nn.Module):
+    """`(x_BTD, cache) -> (y_BTD, cache)`: projections, rotation, attention, output projection.
+
+    Attributes:
+      out_scale: gain of the output projection's initial values.
+    """
+
+    cfg: AttentionConfig
+    out_scale: float
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Array] | None]:
+        cfg, d_model = self.cfg, x_BTD.shape[-1]
+        q_BTNH = self._project("query", cfg.num_heads, "heads", d_model)(x_BTD)
+        k_BTKH = self._project("key", cfg.num_kv_heads, "kv_heads", d_model)(x_BTD)
+        v_BTKH = self._project("value", cfg.num_kv_heads, "kv_heads", d_model)(x_BTD)
+        if cfg.qk_norm is not None:
+            q_BTNH = Norm(cfg.qk_norm, axis="head_dim", name="query_norm")(q_BTNH)
+            k_BTKH = Norm(cfg.qk_norm, axis="head_dim", name="key_norm")(k_BTKH)
+        if cfg.rope is not None:
+            table = ctx.rope_table(cfg.rope, cfg.head_dim)
+            q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
+        q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
+        kv = {"keys": k_BTKH, "values": v_BTKH}
+        if cache is not None:
+            cache, view = kv_cache.append(cache, kv, ctx.positions_BT, ring=cfg.window is not None)
+        else:
+            view = {**kv, "positions": ctx.positions_BT}
+        o_BTNH = attention(
+            q_BTNH,
+            constrain(view["keys"], "act_batch", "act_kv_length", "act_kv_heads", None),
+            constrain(view["values"], "act_batch", "act_kv_length", "act_kv_heads", None),
+            q_positions_BT=ctx.positions_BT,
+            kv_positions_BS=view["positions"],
+            q_segments_BT=ctx.segment_ids_BT if cache is None else None,
+            kv_segments_BS=ctx.segment_ids_BT if cache is None else None,
+            causal=ctx.causal,
+            window=cfg.window,
+            scale=cfg.head_dim**-0.5 if cfg.scale is None else cfg.scale,
+            softcap=cfg.softcap,
+            sinks_N=self._sinks(),
+        )
+        out = Linear(
+            "BTNH,NHD->BTD",
+            shape=(cfg.num_heads, cfg.head_dim, d_model),
+            axes=("heads", "head_dim", "embed"),
+            num_in=2,
+            bias=cfg.out_bias,
+            scale=self.out_scale,
+            name="out",
+        )
+        return out(o_BTNH), cache
+
+    def _project(self, name: str, num_heads: int, axis: str, d_model: int) -> Linear:
+        return Linear(
+            "BTD,DNH->BTNH",
+            shape=(d_model, num_heads, self.cfg.head_dim),
+            axes=("embed", axis, "head_dim"),
+            bias=self.cfg.bias,
+            name=name,
+        )
+
+    def _sinks(self) -> Array | None:
+        if not self.cfg.sinks:
+            return None
+        zeros = nn.with_partitioning(nn.initializers.zeros, ("heads",))
+        return self.param("sinks", zeros, (self.cfg.num_heads,))

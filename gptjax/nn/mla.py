@@ -1,0 +1,122 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gptjax.kernels.attention import attention
+from gptjax.nn import cache as kv_cache
+from gptjax.nn import rope
+from gptjax.nn.attention import Context
+from gptjax.nn.config import MLAConfig
+from gptjax.nn.init import fan_in
+from gptjax.nn.linear import Linear, einsum
+from gptjax.nn.norm import Norm
+from gptjax.parallel.rules import constrain
+from gptjax.types import Array
+
+
+class LatentAttention(nn.Module):
+    """`(x_BTD, cache) -> (y_BTD, cache)`, with keys and values projected up from one latent a position.
+
+    Only the latent and one rotated key, shared by all heads, are cached. A single new token
+    takes the absorbed form: the key projection is folded into the query and the value
+    projection into the output, so attention runs on latents as one key/value head and the
+    cache is read once.
+
+    Attributes:
+      out_scale: gain of the output projection's initial values.
+    """
+
+    cfg: MLAConfig
+    out_scale: float
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Array] | None]:
+        cfg = self.cfg
+        table = ctx.rope_table(cfg.rope, cfg.rope_head_dim)
+        q_BTNH = self._query(x_BTD)
+        q_nope, q_rope = q_BTNH[..., : cfg.nope_head_dim], rope.rotate(q_BTNH[..., cfg.nope_head_dim :], table)
+        latents_BTR, key_BTH = self._latents(x_BTD, table)
+        view = {"latents": latents_BTR, "rotated_keys": key_BTH, "positions": ctx.positions_BT}
+        if cache is not None:
+            new = {"latents": latents_BTR, "rotated_keys": key_BTH}
+            cache, view = kv_cache.append(cache, new, ctx.positions_BT, ring=cfg.window is not None)
+        up_RNH, value_RNH = self._up_kernels()
+        latents, keys = view["latents"].astype(x_BTD.dtype), view["rotated_keys"].astype(x_BTD.dtype)
+        absorbed = cache is not None and x_BTD.shape[1] == 1
+        if absorbed:
+            q_BTNR = einsum("BTNH,RNH->BTNR", q_nope, up_RNH)
+            q = jnp.concatenate([q_BTNR, q_rope], axis=-1)
+            k = jnp.concatenate([latents, keys], axis=-1)[:, :, None]
+            v = latents[:, :, None]
+        else:
+            k_nope = einsum("BSR,RNH->BSNH", latents, up_RNH)
+            shared = jnp.broadcast_to(keys[:, :, None], (*k_nope.shape[:3], keys.shape[-1]))
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
+            k = jnp.concatenate([k_nope, shared], axis=-1)
+            v = einsum("BSR,RNH->BSNH", latents, value_RNH)
+        head = None if absorbed else "act_heads"
+        o = attention(
+            constrain(q, "act_batch", "act_length", "act_heads", None),
+            constrain(k, "act_batch", "act_kv_length", head, None),
+            constrain(v, "act_batch", "act_kv_length", head, None),
+            q_positions_BT=ctx.positions_BT,
+            kv_positions_BS=view["positions"],
+            q_segments_BT=ctx.segment_ids_BT if cache is None else None,
+            kv_segments_BS=ctx.segment_ids_BT if cache is None else None,
+            causal=ctx.causal,
+            window=cfg.window,
+            scale=(cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 if cfg.scale is None else cfg.scale,
+        )
+        o_BTNH = einsum("BTNR,RNH->BTNH", o, value_RNH) if absorbed else o
+        out = Linear(
+            "BTNH,NHD->BTD",
+            shape=(cfg.num_heads, cfg.v_head_dim, x_BTD.shape[-1]),
+            axes=("heads", "head_dim", "embed"),
+            num_in=2,
+            bias=cfg.bias,
+            scale=self.out_scale,
+            name="out",
+        )
+        return out(o_BTNH), cache
+
+    def _query(self, x_BTD: Array) -> Array:
+        cfg, d_model = self.cfg, x_BTD.shape[-1]
+        head_dim = cfg.nope_head_dim + cfg.rope_head_dim
+        if cfg.q_latent is None:
+            shape, axes = (d_model, cfg.num_heads, head_dim), ("embed", "heads", "head_dim")
+            return Linear("BTD,DNH->BTNH", shape=shape, axes=axes, name="query")(x_BTD)
+        down = Linear(
+            "BTD,DR->BTR", shape=(d_model, cfg.q_latent), axes=("embed", "latent"), bias=cfg.bias, name="query_down"
+        )
+        latent = Norm(cfg.norm, axis="latent", name="query_norm")(down(x_BTD))
+        shape, axes = (cfg.q_latent, cfg.num_heads, head_dim), ("latent", "heads", "head_dim")
+        return Linear("BTR,RNH->BTNH", shape=shape, axes=axes, name="query_up")(latent)
+
+    def _latents(self, x_BTD: Array, table: tuple[Array, Array]) -> tuple[Array, Array]:
+        """The normalised latent `[B, T, R]` and the rotated key `[B, T, H]` of each position."""
+        cfg, d_model = self.cfg, x_BTD.shape[-1]
+        down = Linear(
+            "BTD,DR->BTR",
+            shape=(d_model, cfg.kv_latent + cfg.rope_head_dim),
+            axes=("embed", "latent"),
+            bias=cfg.bias,
+            name="kv_down",
+        )(x_BTD)
+        latents = Norm(cfg.norm, axis="latent", name="kv_norm")(down[..., : cfg.kv_latent])
+        key = rope.rotate(down[..., None, cfg.kv_latent :], table)[:, :, 0]
+        return latents, key
+
+    def _up_kernels(self) -> tuple[Array, Array]:
+        """Kernels from latents to keys and to values, `[R, N, H]` each; they are used in two ways."""
+        cfg = self.cfg
+        boxed = nn.with_partitioning(fan_in((0,)), ("latent", "heads", "head_dim"))
+        up = self.param("key_up", boxed, (cfg.kv_latent, cfg.num_heads, cfg.nope_head_dim))
+        value = self.param("value_up", boxed, (cfg.kv_latent, cfg.num_heads, cfg.v_head_dim))
+        return up, value
