@@ -39,7 +39,7 @@ EXTRAS = {
 setup(
     name="gptjax",
     version="0.1.0",
-    description="GPT-class language models in JAX: data, pretraining, evaluation and generation, from a laptop to a pod",
+    description="GPT-class language models in JAX: data, pretraining, evaluation, generation, from a laptop to a pod",
     python_requires=">=3.11",
     packages=find_packages(include=["gptjax", "gptjax.*"]),
     package_data={"gptjax": ["py.typed"]},
