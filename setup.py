@@ -42,7 +42,7 @@ setup(
     description="GPT-class language models in JAX: data, pretraining, evaluation, generation, from a laptop to a pod",
     python_requires=">=3.11",
     packages=find_packages(include=["gptjax", "gptjax.*"]),
-    package_data={"gptjax": ["py.typed"]},
+    package_data={"gptjax": ["py.typed"], "gptjax.eval": ["*.css"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

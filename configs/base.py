@@ -1,0 +1,73 @@
+"""The keys of every config, with the values that most runs keep, and the parts that configs are composed of.
+
+A config file is a function `get_config()` that starts from `base.get_config()` and replaces what it
+is about. Every key can then be set on the command line: `--config.train.num_steps=10`. The keys
+are fields of `gptjax.train.run.RunConfig` and the dataclasses in it, which document them; a key that
+they do not have is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A small Llama-like model on one host; every section complete."""
+    config = ConfigDict({"name": "base", "seed": 0})
+    config.model = llama(
+        vocab_size=4096, seq_len=256, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=768,
+        tie_embeddings=True,
+    )  # fmt: skip
+    return config.lock()
+
+
+def llama(
+    *,
+    vocab_size: int,
+    seq_len: int,
+    d_model: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    d_ff: int,
+    tie_embeddings: bool = False,
+    rope_theta: float = 500_000.0,
+    remat: str = "none",
+    **rest: Any,
+) -> ConfigDict:
+    """A `ModelSpec` with Llama's choices: RMSNorm before each part, rotary positions, SwiGLU, no biases."""
+    return ConfigDict(
+        dict(
+            vocab_size=vocab_size, seq_len=seq_len, d_model=d_model, num_layers=num_layers, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_dim=d_model // num_heads, d_ff=d_ff, activation="swiglu",
+            position="rope", rope_theta=rope_theta, tie_embeddings=tie_embeddings, dtype="auto", remat=remat,
+            norm_eps=1e-5,
+        )
+        | rest
+    )  # fmt: skip
+
+
+def gpt2(*, vocab_size: int, seq_len: int, d_model: int, num_layers: int, num_heads: int, **rest: Any) -> ConfigDict:
+    """A `ModelSpec` with GPT-2's choices: LayerNorm, learned positions, GELU, biases, one table for both ends."""
+    return ConfigDict(
+        dict(
+            vocab_size=vocab_size, seq_len=seq_len, d_model=d_model, num_layers=num_layers, num_heads=num_heads,
+            num_kv_heads=num_heads, head_dim=d_model // num_heads, d_ff=4 * d_model, activation="gelu_tanh",
+            position="learned", rope_theta=10_000.0, tie_embeddings=True, dtype="auto", remat="none",
+            norm="layernorm", norm_eps=1e-5, bias=True,
+        )
+        | rest
+    )  # fmt: skip
+
+
+def moe(*, num_experts: int, num_experts_per_token: int, d_ff: int, **rest: Any) -> ConfigDict:
+    """The `moe` key of a `ModelSpec`: SwiGLU experts chosen by softmax, none dropped, kept in balance by a loss."""
+    return ConfigDict(
+        dict(
+            kind="moe", num_experts=num_experts, num_experts_per_token=num_experts_per_token, d_ff=d_ff,
+            activation="swiglu", balancing="aux_loss", balance_rate=0.01, z_loss=0.001,
+        )
+        | rest
+    )  # fmt: skip
