@@ -1,0 +1,201 @@
+"""What may happen between steps: progress line, profiler window, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import jax
+from absl import logging
+
+from gptjax.train.state import TrainState
+
+Values = Mapping[str, float]
+
+
+class Hook:
+    """Does nothing; a hook overrides what it is for. Every host calls every hook alike."""
+
+    def before_step(self, step: int) -> None:
+        """Called before `step` (from 1) is dispatched."""
+
+    def on_values(self, step: int, values: Values) -> None:
+        """Given the figures of a step, one step late, and those that other hooks return."""
+
+    def wants_state(self, step: int) -> bool:
+        """Whether `on_state` is to be called after `step`; it makes the loop wait for the device."""
+        return False
+
+    def on_state(self, step: int, state: TrainState) -> Values:
+        """Given the state after a healthy step. It must not keep it: the next step reuses its memory."""
+        return {}
+
+    def on_end(self, step: int, state: TrainState, outcome: str) -> Values:
+        """Given the last state of a run that ended well or was asked to stop."""
+        return {}
+
+    def close(self) -> None:
+        """Called once, however the run ended."""
+
+
+class ProgressLine(Hook):
+    """Step of total, loss, gradient norm, learning rate, tokens/s, MFU and time left.
+
+    On a terminal it is one live line; elsewhere a log line each time.
+    """
+
+    def __init__(self, *, num_steps: int, stream: TextIO | None = None) -> None:
+        self._num_steps = num_steps
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._open = False
+
+    def on_values(self, step: int, values: Values) -> None:
+        if "loss" not in values:
+            self._line(evaluation_text(step, values))
+            return
+        text = progress_text(step, self._num_steps, values)
+        if not self._live:
+            logging.info("%s", text)
+            return
+        # Carriage return and "erase line": a shorter text leaves no tail of the longer one before.
+        self._stream.write(f"\r\x1b[2K{text}")
+        self._stream.flush()
+        self._open = True
+
+    def close(self) -> None:
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open = False
+
+    def _line(self, text: str) -> None:
+        if not self._live:
+            logging.info("%s", text)
+            return
+        self._stream.write(f"\r\x1b[2K{text}\n")
+        self._stream.flush()
+        self._open = False
+
+
+def progress_text(step: int, num_steps: int, values: Values) -> str:
+    """The progress line's text; figures that are not known yet are left out."""
+    parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {values['loss']:.4f}"]
+    if "grad_norm" in values:
+        parts.append(f"grad {values['grad_norm']:.3g}")
+    if "learning_rate" in values:
+        parts.append(f"lr {values['learning_rate']:.2e}")
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    if "mfu" in values:
+        parts.append(f"MFU {100 * values['mfu']:.1f} %")
+    if "step_seconds" in values:
+        parts.append(f"ETA {_clock_text((num_steps - step) * values['step_seconds'])}")
+    return "  ".join(parts)
+
+
+def evaluation_text(step: int, values: Values) -> str:
+    """One line for figures that are not a training step's."""
+    return f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+class Profiler(Hook):
+    """Records a `jax.profiler` trace of the steps `first` to `last`, both included."""
+
+    def __init__(self, directory: str, *, first: int, last: int) -> None:
+        if not 1 <= first <= last:
+            raise ValueError(f"profile_steps=({first}, {last}): expected 1 <= first <= last")
+        self._directory = directory
+        self._first, self._last = first, last
+        self._recording = False
+
+    def before_step(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._directory)
+            self._recording = True
+
+    def wants_state(self, step: int) -> bool:
+        return self._recording and step == self._last
+
+    def on_state(self, step: int, state: TrainState) -> Values:
+        del step
+        jax.block_until_ready(state.params)
+        self.close()
+        return {}
+
+    def close(self) -> None:
+        if self._recording:
+            jax.profiler.stop_trace()
+            self._recording = False
+            logging.info("profile of steps %d to %d in %s", self._first, self._last, self._directory)
+
+
+class Evaluation(Hook):
+    """Figures of the parameters on held-out data, every `every` steps and at the end.
+
+    Args:
+      evaluate: state -> figures by name, such as `eval/loss`.
+      every: 0 evaluates at the end only.
+    """
+
+    def __init__(self, evaluate: Callable[[TrainState], Values], *, every: int) -> None:
+        self._evaluate = evaluate
+        self._every = every
+        self._last_step = -1
+
+    def wants_state(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
+
+    def on_state(self, step: int, state: TrainState) -> Values:
+        self._last_step = step
+        started = time.perf_counter()
+        values = dict(self._evaluate(state))
+        return values | {"eval/seconds": time.perf_counter() - started}
+
+    def on_end(self, step: int, state: TrainState, outcome: str) -> Values:
+        # A preempted machine has seconds left, which belong to the checkpoint.
+        if outcome == "stopped" or step == self._last_step:
+            return {}
+        return self.on_state(step, state)
+
+
+class Checkpoints(Hook):
+    """Saves the state every `every` steps, at the end, and when asked to stop.
+
+    Args:
+      save: `(step, state)`; may return before the checkpoint is on disk.
+      wait: returns when everything saved is on disk.
+      every: 0 saves at the end only.
+    """
+
+    def __init__(
+        self, save: Callable[[int, TrainState], Any], wait: Callable[[], Any], *, every: int, last_step: int = 0
+    ) -> None:
+        self._save = save
+        self._wait = wait
+        self._every = every
+        self._last_step = last_step
+
+    def wants_state(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
+
+    def on_state(self, step: int, state: TrainState) -> Values:
+        started = time.perf_counter()
+        self._save(step, state)
+        self._last_step = step
+        return {"checkpoint/seconds": time.perf_counter() - started}
+
+    def on_end(self, step: int, state: TrainState, outcome: str) -> Values:
+        del outcome
+        return {} if step == self._last_step else self.on_state(step, state)
+
+    def close(self) -> None:
+        self._wait()
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

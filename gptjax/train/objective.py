@@ -1,0 +1,165 @@
+"""What is trained for: functions from parameters and a batch to a sum of losses.
+
+Every objective returns a sum and its weight, never a mean, so that microbatches, shards and
+evaluation batches of any size add up to the loss of their union. With `m` the loss mask, the
+language models here minimise
+
+    sum_t m_t (nll_t + z_loss log(Z_t)^2) + auxiliary,      weight = sum_t m_t,
+
+where `Z_t` normalises the softmax over the vocabulary at position `t` (the z-loss keeps it
+near 1; PaLM, arXiv:2204.02311, section 5) and the auxiliary terms are the routers'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.kernels import cross_entropy
+from gptjax.nn import transformer
+from gptjax.nn.config import ModelConfig
+from gptjax.parallel import rules
+from gptjax.types import Array, Batch, Loss, Mean, Metrics, ModelOutput, Objective, Params
+
+MASKED_FRACTION = 0.15
+REPLACED_BY_MASK = 0.8
+REPLACED_AT_RANDOM = 0.1
+
+
+def next_token(config: ModelConfig, *, z_loss: float = 0.0) -> Objective:
+    """Predicts each target from the tokens up to it."""
+
+    def objective(params: Params, frozen: object, batch: Batch, rng: Array, step: Array) -> Loss:
+        del frozen, rng, step
+        output = _forward(config, params, batch, batch.tokens)
+        return language_loss(config, params, output, batch.targets, batch.loss_mask, z_loss=z_loss)
+
+    return objective
+
+
+def masked_lm(
+    config: ModelConfig,
+    *,
+    mask_id: int,
+    vocab_size: int,
+    special_ids: Sequence[int] = (),
+    z_loss: float = 0.0,
+) -> Objective:
+    """Predicts 15 % of the tokens from the whole document with those tokens hidden.
+
+    Every position sees every other of its document. See `mask_tokens` for what is hidden.
+
+    Args:
+      config: its `causal` must be False.
+      mask_id: the token that hides others.
+      vocab_size: random replacements are drawn below it: the tokenizer's size, not the model's.
+      special_ids: tokens that are never hidden.
+    """
+    if config.causal:
+        raise ValueError("masked_lm needs a bidirectional model: got causal=True, set causal=False in the ModelConfig")
+    if not 0 <= mask_id < config.vocab_size or vocab_size > config.vocab_size:
+        raise ValueError(
+            f"mask_id={mask_id} and the tokenizer's vocab_size={vocab_size} must fit "
+            f"the model's vocab_size={config.vocab_size}"
+        )
+
+    def objective(params: Params, frozen: object, batch: Batch, rng: Array, step: Array) -> Loss:
+        del frozen, step
+        allowed = batch.segment_ids > 0
+        for token in special_ids:
+            allowed &= batch.tokens != token
+        tokens, hidden = mask_tokens(rng, batch.tokens, allowed, mask_id=mask_id, vocab_size=vocab_size)
+        output = _forward(config, params, batch, tokens)
+        return language_loss(config, params, output, batch.tokens, hidden, z_loss=z_loss)
+
+    return objective
+
+
+def mask_tokens(
+    rng: Array, tokens_BT: Array, allowed_BT: Array, *, mask_id: int, vocab_size: int
+) -> tuple[Array, Array]:
+    """Hides tokens as BERT does (arXiv:1810.04805, section 3.1).
+
+    Each allowed position is chosen with probability 0.15. A chosen token becomes `mask_id`
+    (80 %), a random token below `vocab_size` (10 %) or stays (10 %).
+
+    Returns:
+      The tokens to read, and the float32 mask of the chosen positions.
+    """
+    choose_rng, replace_rng, random_rng = jax.random.split(rng, 3)
+    chosen = allowed_BT & (jax.random.uniform(choose_rng, tokens_BT.shape) < MASKED_FRACTION)
+    how = jax.random.uniform(replace_rng, tokens_BT.shape)
+    random_tokens = jax.random.randint(random_rng, tokens_BT.shape, 0, vocab_size, tokens_BT.dtype)
+    replacement = jnp.where(how < REPLACED_BY_MASK, jnp.asarray(mask_id, tokens_BT.dtype), random_tokens)
+    replaced = chosen & (how < REPLACED_BY_MASK + REPLACED_AT_RANDOM)
+    return jnp.where(replaced, replacement, tokens_BT), chosen.astype(jnp.float32)
+
+
+def language_loss(
+    config: ModelConfig,
+    params: Params,
+    output: ModelOutput,
+    targets_BT: Array,
+    mask_BT: Array,
+    *,
+    z_loss: float,
+) -> Loss:
+    """Cross-entropy of a model's output with its auxiliary losses; logits are made chunk by chunk.
+
+    Metrics: `loss` (nats per target, cross-entropy alone), `accuracy`, `z_loss` where it is on,
+    and those of `router_metrics`.
+    """
+
+    def chunk_loss(logits: Array, extras: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+        targets, mask = extras
+        token = cross_entropy.softmax_nll(logits, targets)
+        nll = jnp.sum(mask * token.nll)
+        sums = {"loss": nll, "accuracy": jnp.sum(mask * token.correct)}
+        if z_loss:
+            sums["z_loss"] = z_loss * jnp.sum(mask * token.log_z**2)
+        return nll + sums.get("z_loss", 0.0), sums
+
+    total, sums = cross_entropy.chunked_loss(
+        functools.partial(transformer.head_logits, config),
+        chunk_loss,
+        output.hidden_BTD,
+        transformer.head_params(config, params),
+        (targets_BT, mask_BT),
+        num_chunks=_num_chunks(config, targets_BT.shape),
+    )
+    weight = jnp.sum(mask_BT)
+    metrics = {name: Mean(value, weight) for name, value in sums.items()}
+    metrics |= router_metrics(output.aux, weight)
+    return Loss(total + output.aux.get("loss", 0.0), weight, metrics)
+
+
+def router_metrics(aux: Mapping[str, Array], weight: Array) -> Metrics:
+    """Readable figures of the routers from `ModelOutput.aux`; empty for a dense model."""
+    return {}
+
+
+def bidirectional(config: ModelConfig) -> ModelConfig:
+    """The same model with every position seeing its whole document, as `masked_lm` needs."""
+    return dataclasses.replace(config, causal=False)
+
+
+def _forward(config: ModelConfig, params: Params, batch: Batch, tokens_BT: Array) -> ModelOutput:
+    return transformer.forward(
+        config, params, tokens_BT, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids
+    )
+
+
+def _num_chunks(config: ModelConfig, shape: tuple[int, ...]) -> int:
+    """Chunks of the sequence, by what one device holds of a chunk's logits."""
+    mesh = rules.current_mesh()
+    num_rows, num_parts = shape[0], 1
+    if mesh is not None:
+        num_rows = -(-num_rows // rules.axis_size(mesh, "act_batch"))
+        num_parts = rules.axis_size(mesh, "act_vocab")
+    return cross_entropy.pick_num_chunks(
+        num_rows=num_rows, seq_len=shape[1], vocab_size=-(-config.vocab_size // num_parts)
+    )
