@@ -1,0 +1,108 @@
+"""Muon: momentum whose every matrix is replaced by the nearest orthogonal one.
+
+    m_t = beta m_{t-1} + (1 - beta) g_t
+    n_t = beta m_t + (1 - beta) g_t                       (Nesterov)
+    u_t = scale * NS(n_t),     NS(U S V^T) ~ U V^T
+
+`NS` is Newton-Schulz: X <- a X + (b A + c A^2) X with A = X X^T, on X = n / |n|_F, five
+times with (a, b, c) = (3.4445, -4.7750, 2.0315). It leaves singular values in about 0.7 to
+1.2 rather than at 1, which does no harm and converges in five products.
+
+Sources: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; scale from Liu et
+al. 2025, arXiv:2502.16982 section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.optim.groups import MatrixLayout, path_of
+from gptjax.types import Array, Params
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+
+Scale = Literal["match_rms", "spectral"]
+"""`match_rms`: 0.2 * sqrt(max(rows, columns)), the RMS of AdamW's update, so that both share one learning
+rate and weight decay (arXiv:2502.16982, eq. 4). `spectral`: sqrt(max(1, columns / rows)), Jordan's."""
+
+
+class MuonState(NamedTuple):
+    """`mu` is the momentum, like the parameters, in float32."""
+
+    mu: Params
+
+
+def scale_by_muon(
+    layouts: Mapping[str, MatrixLayout], *, momentum: float = 0.95, scale: Scale = "match_rms", nesterov: bool = True
+) -> optax.GradientTransformation:
+    """Orthogonalized momentum, ascending: the caller multiplies by minus the learning rate.
+
+    Args:
+      layouts: by parameter path; layers and experts of one array are independent matrices.
+    """
+
+    def init(params: Params) -> MuonState:
+        return MuonState(mu=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
+
+    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
+        del params
+        mu = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, state.mu, grads)
+        direction = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, mu, grads) if nesterov else mu
+
+        def orthogonal(key_path: tuple[Any, ...], x: Array) -> Array:
+            layout = layouts[path_of(key_path)]
+            x_BMN = as_matrices(x, layout)
+            factor = _scale(scale, rows=x_BMN.shape[1], columns=x_BMN.shape[2])
+            return (factor * orthogonalize(x_BMN)).reshape(x.shape)
+
+        return jax.tree_util.tree_map_with_path(orthogonal, direction), MuonState(mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def as_matrices(x: Array, layout: MatrixLayout) -> Array:
+    """The array as `[batch, rows, columns]`; rows are inputs, columns outputs."""
+    batch = x.shape[: layout.num_batch_axes]
+    rows = x.shape[layout.num_batch_axes :][: layout.num_input_axes]
+    return x.reshape(math.prod(batch), math.prod(rows), -1)
+
+
+def orthogonalize(x_BMN: Array) -> Array:
+    """Newton-Schulz on each matrix of the batch; float32 in and out.
+
+    Products are in float32 on CPU, whose bfloat16 is slower, and in bfloat16 elsewhere,
+    which is enough for an approximate orthogonalization.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(x_BMN), axis=(1, 2), keepdims=True))
+    x_BMN = x_BMN / (norm + 1e-8)
+    # NS(X^T) = NS(X)^T: the Gram matrix is on the shorter side.
+    tall = x_BMN.shape[1] > x_BMN.shape[2]
+    x = jnp.swapaxes(x_BMN, 1, 2) if tall else x_BMN
+    x = jax.lax.platform_dependent(x, cpu=_newton_schulz, default=_newton_schulz_bf16)
+    return jnp.swapaxes(x, 1, 2) if tall else x
+
+
+def _newton_schulz(x: Array) -> Array:
+    a, b, c = COEFFICIENTS
+    for _ in range(NUM_ITERATIONS):
+        gram = jnp.einsum("bmn,bkn->bmk", x, x)
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + poly @ x
+    return x
+
+
+def _newton_schulz_bf16(x: Array) -> Array:
+    return _newton_schulz(x.astype(jnp.bfloat16)).astype(jnp.float32)
+
+
+def _scale(scale: Scale, *, rows: int, columns: int) -> float:
+    if scale == "match_rms":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, columns / rows))
