@@ -20,6 +20,11 @@ def get_config() -> ConfigDict:
         vocab_size=4096, seq_len=256, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=768,
         tie_embeddings=True,
     )  # fmt: skip
+    config.data = data("data/stdlib", batch_size=32)
+    config.optim = adamw(learning_rate=1e-3, warmup_steps=100)
+    config.train = ConfigDict(dict(num_steps=1000, accumulate_steps=1, z_loss=0.0, log_every=10, eval_every=500,
+                                   eval_batches=16, checkpoint_every=500, keep_checkpoints=2))  # fmt: skip
+    config.mesh = mesh()
     return config.lock()
 
 
@@ -71,3 +76,45 @@ def moe(*, num_experts: int, num_experts_per_token: int, d_ff: int, **rest: Any)
         )
         | rest
     )  # fmt: skip
+
+
+def data(directory: str, *, batch_size: int) -> ConfigDict:
+    """The `data` section over what `experiments.prepare_data --out=directory` wrote."""
+    return ConfigDict(
+        dict(
+            train={f"{directory}/train": 1.0}, eval=f"{directory}/eval", tokenizer=f"{directory}/tokenizer.model",
+            batch_size=batch_size, packing="split", prefetch=4,
+        )
+    )  # fmt: skip
+
+
+def adamw(*, learning_rate: float, warmup_steps: int, **rest: Any) -> ConfigDict:
+    """The `optim` section as GPT-3 and Llama were trained: AdamW, cosine to a tenth, decay 0.1, clipped at 1."""
+    return ConfigDict(
+        dict(
+            name="adamw", learning_rate=learning_rate, schedule="cosine", warmup_steps=warmup_steps,
+            final_lr_scale=0.1, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95,
+        )
+        | rest
+    )  # fmt: skip
+
+
+def muon(*, learning_rate: float, warmup_steps: int, **rest: Any) -> ConfigDict:
+    """The `optim` section with Muon on the matrices and Adam on the rest, cooling down over the last part."""
+    return ConfigDict(
+        dict(
+            name="muon", learning_rate=learning_rate, schedule="wsd", warmup_steps=warmup_steps,
+            final_lr_scale=0.0, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95,
+        )
+        | rest
+    )  # fmt: skip
+
+
+def mesh(**sizes: int) -> ConfigDict:
+    """The `mesh` section: all devices on `data`, unless the sizes put them elsewhere.
+
+    `mesh(fsdp=-1)` shards the parameters over every device; `mesh(data=2, fsdp=-1, tensor=8)` is
+    two replicas of fully sharded groups of 8-way tensor parallelism.
+    """
+    default = dict(data=1 if sizes else -1, fsdp=1, expert=1, context=1, tensor=1)
+    return ConfigDict(default | sizes | {"rules": "standard"})

@@ -1,0 +1,90 @@
+"""Every config builds, has the size it says, and stays within the number of keys a person can know."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from gptjax import config as config_lib
+from gptjax.nn import transformer
+from gptjax.nn.config import ModelSpec
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+MAX_KEYS = 50
+
+
+def get(name: str):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def spec_of(name: str) -> ModelSpec:
+    return config_lib.from_dict(ModelSpec, get(name).model, path="model")
+
+
+def size(name: str) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.abstract_params(spec_of(name).build())))
+
+
+def llama_size(*, vocab: int, d: int, layers: int, heads: int, kv_heads: int, ff: int, experts: int = 0, tied=False) -> int:
+    head_dim = d // heads
+    attention = d * heads * head_dim * 2 + d * kv_heads * head_dim * 2
+    mlp = 3 * d * ff * max(experts, 1) + d * experts
+    return vocab * d * (1 if tied else 2) + layers * (attention + mlp + 2 * d) + d
+
+
+def gpt2_size(*, vocab: int, context: int, d: int, layers: int, biases: bool) -> int:
+    attention, mlp = 4 * d * d, 8 * d * d
+    biases_size = 4 * d + 5 * d if biases else 0
+    return (vocab + context) * d + layers * (attention + mlp + biases_size + 4 * d) + 2 * d
+
+
+SIZES = {
+    "base": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=768, tied=True),
+    "shakespeare_char": gpt2_size(vocab=65, context=64, d=128, layers=4, biases=False),
+    "gpt2_124m": 124_439_808,
+    "llama_1b": 1_235_814_400,
+    "llama_8b": 8_030_261_248,
+    "llama_70b": 70_553_706_496,
+    "moe_8x7b": 46_702_792_704,
+    "gpt4_1t8_moe": llama_size(vocab=100_352, d=12_288, layers=120, heads=96, kv_heads=8, ff=24_576, experts=16),
+}
+
+
+def test_formulas_agree_with_published_sizes():
+    assert gpt2_size(vocab=50_257, context=1024, d=768, layers=12, biases=True) == SIZES["gpt2_124m"]
+    assert llama_size(vocab=128_256, d=4096, layers=32, heads=32, kv_heads=8, ff=14_336) == SIZES["llama_8b"]
+    assert llama_size(vocab=32_000, d=4096, layers=32, heads=32, kv_heads=8, ff=14_336, experts=8) == SIZES["moe_8x7b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_as_many_as_the_architecture_has(name):
+    assert size(name) == SIZES[name]
+
+
+def test_the_largest_is_the_scale_it_is_named_for():
+    assert 1.7e12 < SIZES["gpt4_1t8_moe"] < 1.9e12
+    spec = spec_of("gpt4_1t8_moe")
+    assert (spec.num_layers, spec.moe.num_experts, spec.moe.num_experts_per_token) == (120, 16, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_are_few_and_locked(name):
+    config = get(name)
+    keys = [key for key, _ in config_lib.flatten(config)]
+    assert len(keys) <= MAX_KEYS, keys
+    with pytest.raises((AttributeError, KeyError)):
+        config.train.num_stepz = 3
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"base"}))
+def test_says_how_it_is_run(name):
+    text = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+    for heading in ("Command", "Hardware", "Time", "Metric", "Source"):
+        assert f"\n{heading} " in text, heading
+    assert get(name).name == name
