@@ -1,0 +1,157 @@
+"""Trees of arrays on disk: their names, checksums, and reading them onto any mesh and dtype.
+
+A tree is stored as nested dicts of its path names, whatever its Python types (optax's
+NamedTuples included), so a checkpoint can be read without the code that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from gptjax.types import Array
+
+_CAST_BATCH_FRACTION = 8
+"""Arrays that change dtype are read in batches of an eighth of the whole, in their stored dtype."""
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves by `/`-joined path, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from `/`-joined paths."""
+    root: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return root
+
+
+def checksums(flat: Mapping[str, Array]) -> dict[str, int]:
+    """The sum modulo 2^32 of each array's elements, read as unsigned integers of their bits.
+
+    It does not depend on the sharding, costs one pass over memory where the array lives, and
+    any single damaged value changes it; the file format itself has none for values.
+    """
+    if not flat:
+        return {}
+    return dict(zip(flat, np.asarray(_bit_sums(list(flat.values()))).tolist(), strict=True))
+
+
+@jax.jit
+def _bit_sums(leaves: list[Array]) -> Array:
+    return jnp.stack([jnp.sum(_bits(leaf), dtype=jnp.uint32) for leaf in leaves])
+
+
+def _bits(x: Array) -> Array:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    return x.astype(jnp.int32).astype(jnp.uint32)
+
+
+def handler() -> ocp.PyTreeCheckpointHandler:
+    """Reads and writes one item. Weights do not compress, and trying costs CPU during training."""
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def stored_shapes(directory: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes in an item's directory, by path."""
+    tree = handler().metadata(directory).tree
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(tree).items()}
+
+
+def mismatches(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
+    """One line per array that is missing, unexpected, or of another shape or kind of dtype."""
+    for path, leaf in wanted.items():
+        if path not in stored:
+            yield f"{path}: expected {list(leaf.shape)} from the config, not there"
+        elif tuple(leaf.shape) != tuple(stored[path].shape):
+            yield f"{path}: expected {list(leaf.shape)} from the config, got {list(stored[path].shape)}"
+        elif leaf.dtype != stored[path].dtype and not (_is_float(leaf) and _is_float(stored[path])):
+            yield f"{path}: expected {leaf.dtype} from the config, got {stored[path].dtype}"
+    for path in stored.keys() - wanted.keys():
+        yield f"{path}: not in the config, got {list(stored[path].shape)}"
+
+
+def read(
+    directory: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], *, expected_checksums: Mapping[str, int]
+) -> dict[str, Array]:
+    """The arrays of an item, each with the wanted sharding and dtype, verified.
+
+    Args:
+      wanted: by path; must fit `stored_shapes`. A leaf without a sharding goes to the first device.
+      expected_checksums: of the stored values; paths that it lacks are not verified.
+
+    Raises:
+      ValueError: naming the arrays that are not what was saved.
+    """
+    stored = stored_shapes(directory)
+    # In the stored dtype first: a checksum cannot be verified after a cast.
+    placed = {
+        path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype, sharding=_sharding(leaf))
+        for path, leaf in wanted.items()
+    }
+    found: dict[str, Array] = {}
+    for batch in _batches(placed, wanted):
+        values = _read_batch(directory, batch)
+        damaged = [p for p, total in checksums(values).items() if total != expected_checksums.get(p, total)]
+        if damaged:
+            raise ValueError(f"{', '.join(damaged[:5])}: the values are not those that were saved (checksum)")
+        for path in batch:
+            value = values.pop(path)
+            found[path] = value if value.dtype == wanted[path].dtype else value.astype(wanted[path].dtype)
+    return {path: found[path] for path in wanted}
+
+
+def _read_batch(directory: epath.Path, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    tree = nest(batch)
+    restored = handler().restore(
+        directory,
+        args=ocp.args.PyTreeRestore(
+            item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+        ),
+    )
+    return flatten(restored)
+
+
+def _batches(
+    placed: Mapping[str, jax.ShapeDtypeStruct], wanted: Mapping[str, Any]
+) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """All arrays that keep their dtype together; the others in turn, to bound the memory of both copies."""
+    kept = {path: leaf for path, leaf in placed.items() if leaf.dtype == wanted[path].dtype}
+    if kept:
+        yield kept
+    cast = {path: leaf for path, leaf in placed.items() if path not in kept}
+    limit = sum(_num_bytes(leaf) for leaf in cast.values()) / _CAST_BATCH_FRACTION
+    batch: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in cast.items():
+        batch[path] = leaf
+        if sum(_num_bytes(x) for x in batch.values()) >= limit:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))

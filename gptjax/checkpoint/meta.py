@@ -1,0 +1,115 @@
+"""What a checkpoint says about itself: enough to rebuild the model and to trace its origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptjax import config
+from gptjax.nn.config import ModelConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """The `meta` item of a checkpoint, stored as JSON.
+
+    Attributes:
+      format_version: of the directory's layout; a newer one than this code knows is refused.
+      step: updates that made the parameters.
+      model: rebuilds the parameters' structure.
+      run: the config of the run that wrote it, as `config.to_dict` gives it.
+      tokenizer: fingerprint of the tokenizer whose ids the embeddings are of; empty for none.
+      lineage: what was done to get here, oldest first; one entry a stage (`stage` and its facts).
+      versions: of the libraries that wrote it.
+      created: UTC, ISO 8601.
+      checksums: of every array as stored, by item and path; see `arrays.checksums`.
+    """
+
+    format_version: int
+    step: int
+    model: ModelConfig
+    run: dict[str, Any]
+    tokenizer: str
+    lineage: tuple[dict[str, Any], ...]
+    versions: dict[str, str]
+    created: str
+    checksums: dict[str, int]
+
+
+def make(
+    model: ModelConfig,
+    *,
+    step: int = 0,
+    run: Mapping[str, Any] | None = None,
+    tokenizer: str = "",
+    lineage: Sequence[Mapping[str, Any]] = (),
+) -> Meta:
+    """The meta of a model made now by this process."""
+    return Meta(
+        format_version=FORMAT_VERSION,
+        step=step,
+        model=model,
+        run=dict(run or {}),
+        tokenizer=tokenizer,
+        lineage=tuple(dict(entry) for entry in lineage),
+        versions=_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        checksums={},
+    )
+
+
+def to_json(meta: Meta) -> dict[str, Any]:
+    return config.to_dict(meta)
+
+
+def from_json(values: Any, *, path: str) -> Meta:
+    """The inverse of `to_json`.
+
+    Args:
+      path: of the file, for messages.
+
+    Raises:
+      ValueError: naming the file and the key that is unknown, missing or mistyped.
+    """
+    version = values.get("format_version") if isinstance(values, Mapping) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest that this gptjax reads; "
+            "install the version that wrote it"
+        )
+    return config.from_dict(Meta, values, path=path)
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """One line per size or choice that differs: `groups.0.pattern.0.mlp.d_ff: 1024 -> 2048`."""
+    return config.diff(_indexed(config.to_dict(stored)), _indexed(config.to_dict(wanted)))
+
+
+def replace(meta: Meta, **changes: Any) -> Meta:
+    return dataclasses.replace(meta, **changes)
+
+
+def _indexed(values: Any) -> Any:
+    """Lists as mappings from their index, so that a difference inside one is a leaf."""
+    if isinstance(values, Mapping):
+        return {key: _indexed(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return {str(i): _indexed(value) for i, value in enumerate(values)}
+    return values
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            found[package] = "source"
+    return found
