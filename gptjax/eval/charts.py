@@ -1,0 +1,189 @@
+"""Line and bar charts as inline SVG: no script, no font, no file beside the page.
+
+Colours are CSS classes, so that one drawing serves light and dark pages. Hovering shows the
+values at a step: each column of a line chart carries its own hidden label.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 640.0, 300.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 18.0, 30.0
+_MAX_POINTS = 320
+_HOVER_COLUMNS = 80
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line.
+
+    Attributes:
+      style: CSS class that colours it.
+      markers: draws each point as well; for series with few points.
+    """
+
+    name: str
+    points: Points
+    style: str
+    markers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One horizontal bar; `style` is the CSS class that colours it."""
+
+    name: str
+    value: float
+    style: str
+
+
+def line_chart(
+    series: Sequence[Series], *, format_y: Callable[[float], str], log_y: bool = False
+) -> str:
+    """Lines over a common x axis. Values that are not finite (or, on a log axis, not positive) leave a gap."""
+    drawn = [
+        (s, [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log_y)]) for s in series
+    ]
+    drawn = [(s, downsample(points, _MAX_POINTS)) for s, points in drawn if points]
+    if not drawn:
+        return '<p class="empty">nothing recorded</p>'
+    axes = _Axes([point for _, points in drawn for point in points], log_y=log_y)
+    parts = [axes.grid(format_y)]
+    for s, points in drawn:
+        path = "".join(f"{'L' if i else 'M'}{axes.x(x):.1f},{axes.y(y):.1f}" for i, (x, y) in enumerate(points))
+        parts.append(f'<path class="line {s.style}" d="{path}"/>')
+        if s.markers:
+            parts += [f'<circle class="dot {s.style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.2"/>' for x, y in points]
+    parts.append(_hover_columns(drawn, axes, format_y))
+    label = html.escape(", ".join(s.name for s, _ in drawn))
+    return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def bar_chart(bars: Sequence[Bar], *, format_value: Callable[[float], str]) -> str:
+    """Horizontal bars from zero, in the order given."""
+    if not bars:
+        return '<p class="empty">nothing measured</p>'
+    row, left, right = 58.0, 150.0, 70.0
+    height = row * len(bars)
+    scale = (WIDTH - left - right) / max(max(bar.value for bar in bars), 1e-12)
+    parts = []
+    for i, bar in enumerate(bars):
+        middle, length = row * (i + 0.5), max(bar.value * scale, 1.0)
+        parts.append(
+            f'<text class="bar-name" x="{left - 12}" y="{middle + 5:.1f}" text-anchor="end">{html.escape(bar.name)}</text>'
+            f'<rect class="bar {bar.style}" x="{left}" y="{middle - 14:.1f}" width="{length:.1f}" height="28" rx="5"/>'
+            f'<text class="bar-value" x="{left + length + 9:.1f}" y="{middle + 5:.1f}">{format_value(bar.value)}</text>'
+        )
+    label = html.escape(", ".join(f"{bar.name} {format_value(bar.value)}" for bar in bars))
+    return f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def smooth(points: Points, *, half_life: float) -> list[tuple[float, float]]:
+    """Exponential moving average over points with the given half-life (in points), bias-corrected
+    as Adam's moments are: the first value is the first point."""
+    decay, total, weight, out = 0.5 ** (1 / max(half_life, 1e-9)), 0.0, 0.0, []
+    for x, y in points:
+        if not math.isfinite(y):
+            continue
+        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
+        out.append((x, total / weight))
+    return out
+
+
+def downsample(points: Points, max_points: int) -> list[tuple[float, float]]:
+    """At most `max_points` points: the means of equal runs; first and last stay."""
+    if len(points) <= max_points:
+        return list(points)
+    size = len(points) / (max_points - 2)
+    inner = []
+    for i in range(max_points - 2):
+        run = points[int(i * size) : max(int((i + 1) * size), int(i * size) + 1)]
+        inner.append((sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)))
+    return [points[0], *inner, points[-1]]
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round values (1, 2, 2.5 or 5 times a power of ten) inside `[low, high]`."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values inside `[low, high]`, at most about seven, for a logarithmic axis."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), tuple(1 + i / 10 for i in range(90))):
+        values = [m * 10.0**p for p in powers for m in mantissas if low <= m * 10.0**p <= high]
+        if len(values) >= 4:
+            break
+    return values[:: max(1, math.ceil(len(values) / 8))] or [low]
+
+
+class _Axes:
+    """Maps data to pixels and draws what surrounds the data."""
+
+    def __init__(self, points: Points, *, log_y: bool):
+        self._map = math.log if log_y else float
+        self._log_y = log_y
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        self.x_low, self.x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+        low, high = min(ys), max(ys)
+        if log_y:
+            self.y_low, self.y_high = low / 1.04, high * 1.04
+        else:
+            # Rates and throughputs are amounts: their axis starts at zero.
+            self.y_low, self.y_high = min(low, 0.0), (high * 1.06 if high > 0 else 1.0)
+
+    def x(self, value: float) -> float:
+        return _LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high = self._map(self.y_low), self._map(self.y_high)
+        return HEIGHT - _BOTTOM - (self._map(value) - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+
+    def grid(self, format_y: Callable[[float], str]) -> str:
+        y_ticks = log_ticks(self.y_low, self.y_high) if self._log_y else ticks(self.y_low, self.y_high, 5)
+        parts = []
+        for value in y_ticks:
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text class="tick" x="{_LEFT - 9}" y="{y + 4:.1f}" text-anchor="end">{format_y(value)}</text>')
+        for value in ticks(self.x_low, self.x_high, 6):
+            text = f"{value:,.0f}"
+            parts.append(f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
+        base = HEIGHT - _BOTTOM
+        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
+        return "".join(parts)
+
+
+def _hover_columns(drawn: Sequence[tuple[Series, Points]], axes: _Axes, format_y: Callable[[float], str]) -> str:
+    width = (WIDTH - _LEFT - _RIGHT) / _HOVER_COLUMNS
+    parts = []
+    for column in range(_HOVER_COLUMNS):
+        middle = _LEFT + width * (column + 0.5)
+        near = [(s, min(points, key=lambda point: abs(axes.x(point[0]) - middle))) for s, points in drawn]
+        near = [(s, point) for s, point in near if abs(axes.x(point[0]) - middle) <= width * (8 if s.markers else 1.5)]
+        if not near:
+            continue
+        x = axes.x(near[0][1][0])
+        dots = "".join(
+            f'<circle class="dot {s.style}" cx="{axes.x(px):.1f}" cy="{axes.y(py):.1f}" r="3.6"/>' for s, (px, py) in near
+        )
+        text = f"{near[0][1][0]:,.0f}  ·  " + "  ·  ".join(f"{s.name} {format_y(py)}" for s, (_, py) in near)
+        anchor = "start" if x < WIDTH / 3 else "end" if x > WIDTH * 2 / 3 else "middle"
+        parts.append(
+            f'<g class="hover"><rect x="{middle - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" height="{HEIGHT - _TOP - _BOTTOM}"/>'
+            f'<g><line class="cursor" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>{dots}'
+            f'<text class="callout" x="{x:.1f}" y="{_TOP - 3}" text-anchor="{anchor}">{html.escape(text)}</text></g></g>'
+        )
+    return "".join(parts)
