@@ -1,0 +1,218 @@
+"""Batches for training and evaluation, as numpy rows of this host.
+
+Training row `b` of step `k` is global row `i = k * batch_size + b`. The mixture says which source it
+comes from and how many of that source's rows came before; these, modulo the source's size, go
+through that epoch's shuffle to a row of its pack plan. All of it is arithmetic on the config and
+the seed, so resuming is the step number and a host takes its part of each batch without asking
+anyone, whatever the number of hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from gptjax.data import mixture, packing, tokenizer
+from gptjax.data import store as store_lib
+from gptjax.types import Batch
+
+# Grain asks for a length; no run comes near this many steps.
+_MANY_STEPS = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and evaluate on.
+
+    Attributes:
+      train: token store directory -> weight; only the ratios of the weights count.
+      eval: token store directory for evaluation; None for none.
+      tokenizer: its file, or a directory with a `tokenizer.model`.
+      batch_size: rows per step, over all hosts.
+      packing: how documents become rows; see packing.py.
+      prefetch: batches made ahead of the training step, in threads; 0 makes each when asked.
+    """
+
+    train: dict[str, float]
+    eval: str | None = None
+    tokenizer: str
+    batch_size: int
+    packing: packing.Packing = "concat"
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError('train: expected at least one token store, such as {"build/data/train": 1.0}')
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch: expected 0 or more batches, got {self.prefetch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSummary:
+    """One source of a mixture, for the table printed at the start of a run.
+
+    Attributes:
+      share: of the rows.
+      num_rows: in one epoch.
+      padding: share of its positions that hold no token.
+    """
+
+    path: str
+    share: float
+    num_documents: int
+    num_tokens: int
+    num_rows: int
+    padding: float
+
+
+class TrainData:
+    """Random access to the training batches of one host: `data[step]`."""
+
+    def __init__(self, cfg: DataConfig, *, seq_len: int, seed: int, num_hosts: int = 1, host: int = 0):
+        """Opens the stores and plans the rows.
+
+        Raises:
+          ValueError: if a store is missing or damaged or made with another tokenizer, or the batch
+            does not divide among the hosts.
+        """
+        self._rows = host_rows(cfg.batch_size, num_hosts=num_hosts, host=host)
+        self._batch_size = cfg.batch_size
+        self._seq_len = seq_len
+        self._seed = seed
+        fingerprint = tokenizer.load(cfg.tokenizer).fingerprint
+        self._mixture = mixture.Mixture(cfg.train)
+        self._stores = [store_lib.open_store(path, fingerprint=fingerprint) for path in cfg.train]
+        self._plans = [packing.plan(store.starts, seq_len, cfg.packing) for store in self._stores]
+
+    def __len__(self) -> int:
+        return _MANY_STEPS
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = packing.empty_batch(len(self._rows), self._seq_len)
+        for at, row in enumerate(self._rows):
+            source, count = self._mixture.pick(step * self._batch_size + row)
+            plan = self._plans[source]
+            epoch, index = divmod(count, plan.num_rows)
+            key = mixture.stream_key(self._seed, source, epoch)
+            spans = plan.spans(mixture.permute(index, plan.num_rows, key=key))
+            packing.fill_row(batch, at, self._stores[source], spans)
+        return batch
+
+    def summaries(self) -> list[SourceSummary]:
+        return [
+            SourceSummary(
+                path=name,
+                share=quota / self._mixture.period,
+                num_documents=store.num_documents,
+                num_tokens=store.num_tokens,
+                num_rows=plan.num_rows,
+                padding=1 - (store.num_tokens - store.num_documents) / (plan.num_rows * self._seq_len),
+            )
+            for name, quota, store, plan in zip(
+                self._mixture.names, self._mixture.quotas, self._stores, self._plans, strict=True
+            )
+        ]
+
+
+def train_batches(
+    cfg: DataConfig, *, seq_len: int, seed: int, start_step: int = 0, num_hosts: int = 1, host: int = 0
+) -> Iterator[Batch]:
+    """Endless batches `[batch_size / num_hosts, seq_len]` from `start_step` on, made ahead in threads.
+
+    Raises:
+      ValueError: as `TrainData`, before the first batch is asked for.
+    """
+    data = TrainData(cfg, seq_len=seq_len, seed=seed, num_hosts=num_hosts, host=host)
+    options = grain.ReadOptions(num_threads=min(cfg.prefetch, 4), prefetch_buffer_size=cfg.prefetch)
+    steps: Any = grain.MapDataset.source(data)[start_step:]
+    return iter(steps.to_iter_dataset(options))
+
+
+class EvalBatches:
+    """Re-iterable batches in which every token of every document is a target with weight 1 exactly once.
+
+    Bits per byte = (nats summed over the targets) / ln 2 / `num_bytes`. Counted are all tokens of the
+    text and the end token, without which the code could not be read back; a tokenizer without
+    special ids leaves out the first token of each document, which has nothing to be predicted from.
+
+    Attributes:
+      num_batches: the same on every host; the last one is filled up with padding.
+      num_targets: scored targets, over all hosts.
+      num_bytes: of the text that they spell, in UTF-8.
+    """
+
+    def __init__(
+        self, store: store_lib.Store, plan: packing.SpanPlan, documents: np.ndarray, *, rows: range, size: int
+    ):
+        self._store, self._plan, self._rows, self._batch_size = store, plan, rows, size
+        self.num_batches = -(-plan.num_rows // size)
+        self.num_targets = int((store.lengths[documents] - 1).sum())
+        self.num_bytes = int(store.document_bytes[documents].sum())
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self.num_batches):
+            batch = packing.empty_batch(len(self._rows), self._plan.seq_len)
+            for at, row in enumerate(self._rows):
+                number = index * self._batch_size + row
+                if number < self._plan.num_rows:
+                    packing.fill_row(batch, at, self._store, self._plan.spans(number))
+            yield batch
+
+
+def eval_batches(
+    store: store_lib.Store | str | os.PathLike[str],
+    *,
+    batch_size: int,
+    seq_len: int,
+    stride: int | None = None,
+    max_targets: int | None = None,
+    num_hosts: int = 1,
+    host: int = 0,
+) -> EvalBatches:
+    """Batches `[batch_size / num_hosts, seq_len]` that score a store exactly; short documents share rows.
+
+    Args:
+      stride: targets that each window over a long document adds, see `packing.windows`; half of
+        `seq_len` unless told. Smaller is dearer and gives more context.
+      max_targets: takes whole documents from all over the store, at least one, until they have so
+        many targets; always the same ones.
+    """
+    if not isinstance(store, store_lib.Store):
+        store = store_lib.open_store(store)
+    rows = host_rows(batch_size, num_hosts=num_hosts, host=host)
+    documents = np.arange(store.num_documents)
+    if max_targets is not None:
+        spread = np.array([mixture.permute(i, len(documents), key=0) for i in range(len(documents))])
+        enough = int(np.searchsorted(np.cumsum(store.lengths[spread] - 1), max_targets)) + 1
+        documents = np.sort(spread[:enough])
+    plan = packing.windows(
+        store.starts[documents],
+        store.lengths[documents],
+        seq_len=seq_len,
+        stride=stride if stride is not None else max(1, seq_len // 2),
+    )
+    return EvalBatches(store, plan, documents, rows=rows, size=batch_size)
+
+
+def host_rows(batch_size: int, *, num_hosts: int, host: int) -> range:
+    """The rows of a global batch that belong to `host`.
+
+    Raises:
+      ValueError: if they cannot be shared out equally.
+    """
+    if not 0 <= host < num_hosts:
+        raise ValueError(f"host: expected 0 to {num_hosts - 1}, got {host}")
+    if batch_size % num_hosts:
+        raise ValueError(f"batch_size={batch_size}: expected a multiple of the {num_hosts} hosts")
+    per_host = batch_size // num_hosts
+    return range(host * per_host, (host + 1) * per_host)

@@ -1,0 +1,265 @@
+"""Where text comes from: every source is a re-iterable stream of documents `(id, text)`.
+
+`open_source` takes one string, `kind:where` or a bare path recognised by its content:
+
+    stdlib                       the Python standard library of this machine (see corpus.py)
+    dir:src or dir:src/**/*.py   files of a directory, or of a glob; each text file a document,
+                                 each .jsonl and .parquet file inside a stream of documents
+    text:book.txt                one file, one document
+    jsonl:data.jsonl.zst         one JSON object per line, plain or .gz or .zst, its key `text`
+    parquet:data.parquet         one row per document, its column `text`
+    tfds:name/config?split=train a prepared tensorflow-datasets data set, its feature `text`
+
+Ids are stable: they do not depend on the machine, the time or where the directory lies, so a
+held-out split by their hash never moves. Documents without a single character are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, NamedTuple
+
+from gptjax.data import corpus
+
+TEXT_KEY = "text"
+_JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_PARQUET_SUFFIX = ".parquet"
+
+
+class Document(NamedTuple):
+    id: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A named stream of documents that can be read any number of times, in the same order.
+
+    Attributes:
+      description: what `open_source` was given; stores record it.
+      documents: starts a new pass.
+      size_bytes: about how much text there is, for the time left; None if unknown.
+    """
+
+    description: str
+    documents: Callable[[], Iterator[Document]]
+    size_bytes: int | None = None
+
+
+def open_source(spec: str) -> Source:
+    """The source that `spec` names.
+
+    Raises:
+      ValueError: if nothing is there, or the kind is unknown; while reading, on text that is not
+        UTF-8 and on malformed records, naming the file and the line.
+    """
+    kind, colon, where = spec.partition(":")
+    if spec == "stdlib":
+        files = corpus.modules()
+        return Source(spec, lambda: _read_files(files), _size(files.values()))
+    if not colon or kind not in _OPENERS:
+        kind, where = _sniff(spec), spec
+    return dataclasses.replace(_OPENERS[kind](where), description=f"{kind}:{where}")
+
+
+def is_held_out(id: str, fraction: float) -> bool:
+    """Whether a document belongs to evaluation: one in `round(1 / fraction)` does, by SHA-256 of its id."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction: expected a number between 0 and 1, got {fraction}")
+    return int(hashlib.sha256(id.encode()).hexdigest(), 16) % round(1 / fraction) == 0
+
+
+def _sniff(path: str) -> str:
+    file = pathlib.Path(path)
+    if file.is_dir() or glob.has_magic(path):
+        return "dir"
+    if not file.is_file():
+        kinds = ", ".join(f"{kind}:" for kind in _OPENERS)
+        raise ValueError(f"{path}: no such file or directory; expected a path, stdlib, or one of {kinds}")
+    with file.open("rb") as raw:
+        head = raw.read(4)
+    if head == b"PAR1":
+        return "parquet"
+    if head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd" or str(file).endswith(_JSONL_SUFFIXES):
+        return "jsonl"
+    return "text"
+
+
+def _open_dir(where: str) -> Source:
+    root = pathlib.Path(glob.escape(where) if not glob.has_magic(where) else where)
+    pattern = str(root) if glob.has_magic(where) else str(root / "**" / "*")
+    base = _fixed_part(where)
+    # glob leaves out hidden files and directories (.git) by itself.
+    files = {
+        path.relative_to(base).as_posix(): path
+        for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True)))
+        if path.is_file()
+    }
+    if not files:
+        raise ValueError(f"{where}: no files there; expected a directory of text, or a glob such as src/**/*.py")
+    return Source(where, lambda: _read_files(files), _size(files.values()))
+
+
+def _fixed_part(where: str) -> pathlib.Path:
+    """The leading directories of a glob, which ids leave out."""
+    path = pathlib.Path(where)
+    while glob.has_magic(str(path)):
+        path = path.parent
+    return path
+
+
+def _open_text(where: str) -> Source:
+    return _of_file(where, lambda id, path: iter([Document(id, _read_text(path))]))
+
+
+def _open_jsonl(where: str) -> Source:
+    return _of_file(where, _read_jsonl)
+
+
+def _open_parquet(where: str) -> Source:
+    return _of_file(where, _read_parquet)
+
+
+def _of_file(where: str, read: Callable[[str, pathlib.Path], Iterator[Document]]) -> Source:
+    path = pathlib.Path(where)
+    if not path.is_file():
+        raise ValueError(f"{where}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{where}: the file is empty")
+    return Source(where, lambda: _nonempty(read(path.name, path)), _size([path]))
+
+
+def _size(paths: Iterable[pathlib.Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _read_files(files: dict[str, pathlib.Path]) -> Iterator[Document]:
+    for id, path in files.items():
+        if id.endswith(_JSONL_SUFFIXES):
+            yield from _nonempty(_read_jsonl(id, path))
+        elif id.endswith(_PARQUET_SUFFIX):
+            yield from _nonempty(_read_parquet(id, path))
+        elif text := _read_text(path):
+            yield Document(id, text)
+
+
+def _nonempty(documents: Iterator[Document]) -> Iterator[Document]:
+    return (document for document in documents if document.text)
+
+
+def _read_text(path: pathlib.Path) -> str:
+    # Bytes, not text mode: that would turn \r\n into \n.
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start} ({error.object[error.start]:#04x}); convert the file, "
+            "or leave it out with a glob such as dir:src/**/*.py"
+        ) from error
+
+
+def _read_jsonl(id: str, path: pathlib.Path) -> Iterator[Document]:
+    with contextlib.ExitStack() as stack:
+        lines = _open_compressed(path, stack)
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield Document(f"{id}:{number}", _text_of(json.loads(line.decode()), f"{path}:{number}"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}:{number}: expected one JSON object in UTF-8 per line: {error}") from error
+        except (EOFError, OSError, _zstd_error()) as error:
+            raise ValueError(f"{path}: damaged after line {number}: {error}") from error
+
+
+def _open_compressed(path: pathlib.Path, stack: contextlib.ExitStack) -> IO[bytes]:
+    """Decompresses by what the file holds, not by how it is called."""
+    raw = stack.enter_context(path.open("rb"))
+    head = raw.read(4)
+    raw.seek(0)
+    if head[:2] == b"\x1f\x8b":
+        return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[return-value]
+    if head == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return stack.enter_context(io.BufferedReader(reader))  # type: ignore[return-value, type-var]
+    return raw
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ImportError:
+        return EOFError
+    return zstandard.ZstdError
+
+
+def _text_of(record: object, where: str) -> str:
+    text = record.get(TEXT_KEY) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return text
+    got = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+    raise ValueError(f"{where}: expected an object with the string `{TEXT_KEY}`, got {got}")
+
+
+def _read_parquet(id: str, path: pathlib.Path) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if TEXT_KEY not in table.schema_arrow.names:
+                raise ValueError(f"{path}: expected a column `{TEXT_KEY}`, got {table.schema_arrow.names}")
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[TEXT_KEY]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None and not isinstance(text, str):
+                        raise ValueError(f"{path}: row {row}: expected a string, got {type(text).__name__}")
+                    yield Document(f"{id}:{row}", text or "")
+                    row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _open_tfds(where: str) -> Source:
+    # ArrayRecord files are read without TensorFlow.
+    import tensorflow_datasets as tfds
+
+    name, _, option = where.partition("?")
+    split = option.removeprefix("split=") or "train"
+    try:
+        records = tfds.data_source(name, split=split, download=False)
+    except Exception as error:  # its own errors have no common base
+        raise ValueError(
+            f"tfds:{where}: cannot be read: {error}; prepare it as ArrayRecord files first, "
+            f"`tfds build {name} --file_format=array_record`, and set TFDS_DATA_DIR to where they are"
+        ) from error
+
+    def documents() -> Iterator[Document]:
+        for index in range(len(records)):
+            record = {key: _as_str(value) for key, value in records[index].items()}
+            yield Document(f"{name}:{split}:{index}", _text_of(record, f"tfds:{where}, record {index}"))
+
+    return Source(where, lambda: _nonempty(documents()))
+
+
+def _as_str(value: object) -> object:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+_OPENERS: dict[str, Callable[[str], Source]] = {
+    "dir": _open_dir,
+    "text": _open_text,
+    "jsonl": _open_jsonl,
+    "parquet": _open_parquet,
+    "tfds": _open_tfds,
+}

@@ -1,0 +1,325 @@
+"""Text to token ids and back, without loss.
+
+A tokenizer is its serialised bytes: `load` recognises the kind from the content, and the
+SHA-256 of those bytes is the fingerprint that stores and checkpoints record. Three kinds exist:
+
+    sentencepiece   byte-pair merges over Unicode with byte fallback; `train_bpe` makes one
+    bytes           the 256 byte values
+    characters      one id per character of an alphabet, nothing else
+
+Decoding joins the bytes of the pieces, so any id sequence decodes and text always survives the
+round trip: tabs, newlines, runs of spaces, and characters never seen in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import sentencepiece
+
+FILE_NAME = "tokenizer.model"
+
+# SentencePiece writes a space as this character inside pieces, and so would decode a
+# genuine one to a space; encoding spells it in byte pieces instead.
+_SPACE = "\u2581"
+
+_TRAIN_CHUNK_CHARACTERS = 4096
+# The merge queue of one call grows with the text, so long documents are encoded in parts.
+_ENCODE_CHUNK_CHARACTERS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """An immutable vocabulary; make one with `load`, `from_bytes`, `train_bpe` and the like.
+
+    Attributes:
+      kind: which algorithm encodes.
+      pieces: the bytes each id stands for; empty for special ids.
+      serialized: what `from_bytes` reads back.
+      encode_fn: texts and a thread count to one int32 array per text.
+      pad_id, bos_id, eos_id, unk_id, mask_id: special ids, None where the vocabulary has none.
+      has_dummy_prefix: whether encoding puts a space before the text, which decoding takes off.
+    """
+
+    kind: Literal["sentencepiece", "bytes", "characters"]
+    pieces: tuple[bytes, ...]
+    serialized: bytes = dataclasses.field(repr=False)
+    encode_fn: Callable[[Sequence[str], int], list[np.ndarray]] = dataclasses.field(repr=False)
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    unk_id: int | None = None
+    mask_id: int | None = None
+    has_dummy_prefix: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.serialized).hexdigest()
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text."""
+        ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id)
+        return frozenset(id for id in ids if id is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without special ids.
+
+        Raises:
+          ValueError: on a lone surrogate, which is no Unicode text, or a character outside the alphabet.
+        """
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
+        """One int32 array of ids per text; threads (all cores unless told) share the texts."""
+        return self.encode_fn(texts, num_threads or available_cores())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids vanish and bytes that are no UTF-8 become U+FFFD."""
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text[1:] if self.has_dummy_prefix and text.startswith(" ") else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, which may stop in the middle of a character."""
+        pieces = self.pieces
+        return b"".join([pieces[id] for id in ids])
+
+    def to_bytes(self) -> bytes:
+        return self.serialized
+
+    def __reduce__(self) -> tuple:
+        return from_bytes, (self.serialized,)
+
+
+def available_cores() -> int:
+    """Cores this process may use, which containers and job schedulers limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a tokenizer from a file, or from `tokenizer.model` in a directory.
+
+    Raises:
+      ValueError: if nothing is there, or it is no tokenizer this module knows.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    if not file.is_file():
+        raise ValueError(f"{file}: no tokenizer there; make one with experiments.prepare_data")
+    try:
+        return from_bytes(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def from_bytes(serialized: bytes) -> Tokenizer:
+    """Rebuilds a tokenizer from `Tokenizer.to_bytes()`, or from a SentencePiece model file."""
+    if not serialized.lstrip().startswith(b"{"):
+        return _sentencepiece(serialized)
+    try:
+        description = json.loads(serialized)
+    except ValueError as error:
+        raise ValueError(f"not a tokenizer: {error}") from error
+    match description:
+        case {"kind": "bytes"}:
+            return byte_level()
+        case {"kind": "characters", "characters": str(alphabet)}:
+            return characters(alphabet)
+    raise ValueError(f"not a tokenizer: expected kind bytes or characters, got keys {sorted(description)}")
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 28, num_threads: int | None = None
+) -> Tokenizer:
+    """Learns byte-pair merges with SentencePiece, set up for source code as much as for prose.
+
+    Pieces may hold newlines and runs of blanks (`":\\n"`, eight spaces) and symbols beside letters
+    (`"self."`), and begin but never continue with a blank. Characters that make up less than a
+    ten-thousandth of the text get no piece of their own: they fall back to bytes.
+
+    Args:
+      texts: read in order until `max_bytes` of UTF-8; the rest is not looked at.
+      vocab_size: pieces in all, the 5 special ids and 256 bytes included.
+
+    Raises:
+      ValueError: without text, or if it does not yield exactly `vocab_size` pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_chunks(texts, max_bytes),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=False,
+            # Longer chunks are dropped without a word; ours only exceed their size by one line.
+            max_sentence_length=1 << 30,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            control_symbols=["<mask>"],
+            num_threads=num_threads or available_cores(),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", 1)[-1].strip() or "there is no text to learn from"
+        raise ValueError(f"vocab_size={vocab_size}: cannot train a tokenizer: {reason}") from error
+    return _sentencepiece(model.getvalue())
+
+
+def byte_level() -> Tokenizer:
+    """Ids 0..255 are bytes; pad, bos, eos and mask follow."""
+    pieces = (*(bytes([value]) for value in range(256)), b"", b"", b"", b"")
+    serialized = json.dumps({"kind": "bytes"}).encode()
+
+    def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        del num_threads
+        return [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) for text in texts]
+
+    return Tokenizer("bytes", pieces, serialized, encode_fn, pad_id=256, bos_id=257, eos_id=258, mask_id=259)
+
+
+def characters(text: str) -> Tokenizer:
+    """One id per distinct character of `text`, by code point; no special ids at all."""
+    if not text:
+        raise ValueError("characters: the text is empty; an alphabet needs at least one character")
+    alphabet = sorted(set(text))
+    serialized = json.dumps({"kind": "characters", "characters": "".join(alphabet)}).encode()
+    code_points = np.array([ord(character) for character in alphabet], np.uint32)
+
+    def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        del num_threads
+        return [_search(code_points, text) for text in texts]
+
+    return Tokenizer("characters", tuple(_utf8(character) for character in alphabet), serialized, encode_fn)
+
+
+def _search(code_points: np.ndarray, text: str) -> np.ndarray:
+    wanted = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+    ids = np.minimum(np.searchsorted(code_points, wanted), len(code_points) - 1)
+    missing = np.flatnonzero(code_points[ids] != wanted)
+    if missing.size:
+        character = text[int(missing[0])]
+        raise ValueError(
+            f"character {character!r} at {missing[0]} is not among the {len(code_points)} of this tokenizer; "
+            "use one trained on such text, or a byte-level one"
+        )
+    return ids.astype(np.int32)
+
+
+def _sentencepiece(serialized: bytes) -> Tokenizer:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(serialized)
+        size = processor.vocab_size()
+    except RuntimeError as error:
+        raise ValueError(f"not a SentencePiece model: {error}") from error
+    if size == 0:
+        raise ValueError("not a SentencePiece model: it holds no pieces")
+    unk = processor.unk_id()
+    mask = processor.piece_to_id("<mask>")
+    space_ids = np.array([processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()], np.int32)
+    spells_space = processor.is_byte(int(space_ids[0]))
+
+    def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        for text in texts:
+            if not text.isascii():
+                _utf8(text)
+        if spells_space and any(_SPACE in text for text in texts):
+            return [_encode_around_space(encode_plain, text, space_ids) for text in texts]
+        return encode_plain(texts, num_threads)
+
+    def encode_plain(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
+        if max(map(len, texts), default=0) <= _ENCODE_CHUNK_CHARACTERS:
+            return processor.encode_as_numpy(list(texts), num_threads=num_threads)
+        parts = [list(_chunks(text, _ENCODE_CHUNK_CHARACTERS)) for text in texts]
+        encoded = iter(processor.encode_as_numpy([part for split in parts for part in split], num_threads=num_threads))
+        return [_joined([next(encoded) for _ in split]) for split in parts]
+
+    return Tokenizer(
+        kind="sentencepiece",
+        pieces=tuple(_piece_bytes(processor, id) for id in range(size)),
+        serialized=serialized,
+        encode_fn=encode_fn,
+        pad_id=_id_or_none(processor.pad_id()),
+        bos_id=_id_or_none(processor.bos_id()),
+        eos_id=_id_or_none(processor.eos_id()),
+        unk_id=_id_or_none(unk),
+        mask_id=mask if mask != unk and processor.is_control(mask) else None,
+        has_dummy_prefix=processor.normalize("a") == _SPACE + "a",
+    )
+
+
+def _id_or_none(id: int) -> int | None:
+    return id if id >= 0 else None
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, id: int) -> bytes:
+    piece = processor.id_to_piece(id)
+    if processor.is_control(id) or processor.is_unknown(id):
+        return b""
+    return bytes([int(piece[3:5], 16)]) if processor.is_byte(id) else piece.replace(_SPACE, " ").encode()
+
+
+def _encode_around_space(encode_plain: Callable, text: str, space_ids: np.ndarray) -> np.ndarray:
+    first, *others = encode_plain(text.split(_SPACE), 1)
+    return _joined([first] + [array for other in others for array in (space_ids, other)])
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int32, copy=False) if arrays else np.zeros(0, np.int32)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        character = text[error.start]
+        raise ValueError(f"text has the lone surrogate {character!r} at {error.start}: decode it as UTF-8") from error
+
+
+def _training_chunks(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for text in texts:
+        for chunk in _chunks(text, _TRAIN_CHUNK_CHARACTERS):
+            left -= len(_utf8(chunk))
+            if left < 0:
+                return
+            yield chunk.replace(_SPACE, " ")
+
+
+def _chunks(text: str, size: int) -> Iterator[str]:
+    """Cuts `text` before a line without indentation, `size` to `2 * size` characters at a time.
+
+    There a cut can part no piece, save where one would join a newline to the word after it.
+    Where so much text has no newline the cut falls anywhere.
+    """
+    start = 0
+    while start < len(text):
+        limit = min(len(text), start + 2 * size)
+        stop = text.find("\n", start + size, limit) + 1 or limit
+        while stop < limit and text[stop] in " \t\n":
+            stop += 1
+        yield text[start:stop]
+        start = stop

@@ -1,0 +1,225 @@
+"""Writing token stores: parallel, resumable, atomic.
+
+Writing goes to `<path>.partial`, shard by shard, and the directory takes its name when all is
+there. Started again after a kill, it goes on after the last finished shard; text that changed
+in between is noticed by its checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from gptjax import config
+from gptjax.data import source, store
+from gptjax.data.tokenizer import Tokenizer
+
+_PLAN = "plan.json"
+_BATCH_BYTES = 1 << 22
+
+
+class Progress(NamedTuple):
+    """How far writing has come; `seconds` does not count shards found finished."""
+
+    num_documents: int
+    num_bytes: int
+    num_tokens: int
+    tokens_per_second: float
+
+
+def write_store(
+    path: str | os.PathLike[str],
+    documents: Iterable[source.Document],
+    tokenizer: Tokenizer,
+    *,
+    description: str,
+    shard_bytes: int = 1 << 28,
+    progress_fn: Callable[[Progress], None] = lambda progress: None,
+) -> store.Store:
+    """Tokenises `documents`, on all cores, into a store at `path`.
+
+    A finished store made with the same tokenizer from the same source is opened, not written again.
+
+    Args:
+      description: names the source; `store.StoreMeta.source` keeps it.
+      shard_bytes: bytes of text after which a shard is closed; what a kill costs at most.
+      progress_fn: called after every few megabytes.
+
+    Raises:
+      ValueError: if the documents are empty, or `path` or its unfinished part holds something else.
+    """
+    final, partial = pathlib.Path(path), store.partial_path(pathlib.Path(path))
+    start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    plan = store.StoreMeta(
+        version=store.VERSION,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        source=description,
+        start_id=start_id,
+        end_id=tokenizer.eos_id,
+        shard_bytes=shard_bytes,
+    )
+    if final.exists():
+        found = store.open_store(final)
+        _check_same_plan(final, plan, found.meta)
+        return found
+    if partial.exists() and (partial / _PLAN).is_file():
+        _check_same_plan(partial, plan, store.read_json(partial / _PLAN, store.StoreMeta))
+    else:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_json(partial / _PLAN, plan)
+    counter = _Counter(progress_fn)
+    stream = iter(documents)
+    shards: list[store.ShardMeta] = []
+    for first in stream:
+        group = _until_full(itertools.chain([first], stream), shard_bytes)
+        shards.append(_finish_shard(partial, len(shards), group, tokenizer, plan, counter))
+    if not shards:
+        raise ValueError(f"{description}: no text to tokenise for {final}; every document is empty or held out")
+    _write_json(partial / store.META, dataclasses.replace(plan, shards=tuple(shards)))
+    for name in [_PLAN, *(_shard_name(index) for index in range(len(shards)))]:
+        (partial / name).unlink()
+    partial.rename(final)
+    return store.open_store(final)
+
+
+class _Counter:
+    def __init__(self, progress_fn: Callable[[Progress], None]):
+        self._progress_fn = progress_fn
+        self._seconds = 0.0
+        self._timed_tokens = 0
+        self._documents = self._bytes = self._tokens = 0
+
+    def add(self, num_documents: int, num_bytes: int, num_tokens: int, *, seconds: float | None) -> None:
+        """Counts a batch, or a shard found finished (`seconds` None), and reports."""
+        self._documents += num_documents
+        self._bytes += num_bytes
+        self._tokens += num_tokens
+        if seconds is not None:
+            self._seconds += seconds
+            self._timed_tokens += num_tokens
+        rate = self._timed_tokens / self._seconds if self._seconds else 0.0
+        self._progress_fn(Progress(self._documents, self._bytes, self._tokens, rate))
+
+
+def _finish_shard(
+    directory: pathlib.Path,
+    index: int,
+    documents: Iterator[source.Document],
+    tokenizer: Tokenizer,
+    plan: store.StoreMeta,
+    counter: _Counter,
+) -> store.ShardMeta:
+    """Writes shard `index`, unless an earlier run did; its json, written last, says so."""
+    done = directory / _shard_name(index)
+    if not done.is_file():
+        shard = _write_shard(directory, index, documents, tokenizer, plan, counter)
+        _write_json(done, shard)
+        return shard
+    shard = store.read_json(done, store.ShardMeta)
+    crc = 0
+    for document in documents:
+        crc = zlib.crc32(document.text.encode(), crc)
+    if crc != shard.text_crc:
+        raise ValueError(
+            f"{directory}: shard {index} was made from other text than {plan.source} holds now "
+            f"(checksum {shard.text_crc:08x}, now {crc:08x}); delete {directory} to start afresh"
+        )
+    store.check(directory / store.tokens_name(index), shard.tokens_crc)
+    store.check(directory / store.documents_name(index), shard.documents_crc)
+    counter.add(shard.num_documents, shard.num_bytes, shard.num_tokens, seconds=None)
+    return shard
+
+
+def _write_shard(
+    directory: pathlib.Path,
+    index: int,
+    documents: Iterator[source.Document],
+    tokenizer: Tokenizer,
+    plan: store.StoreMeta,
+    counter: _Counter,
+) -> store.ShardMeta:
+    head = [] if plan.start_id is None else [plan.start_id]
+    tail = [] if plan.end_id is None else [plan.end_id]
+    dtype = store.token_dtype(plan.vocab_size)
+    counts: list[tuple[int, int]] = []
+    text_crc = tokens_crc = 0
+    with _synced(directory / store.tokens_name(index)) as tokens_file:
+        while batch := list(_until_full(documents, _BATCH_BYTES)):
+            began = time.perf_counter()
+            texts = [document.text for document in batch]
+            encoded = [text.encode() for text in texts]
+            for raw in encoded:
+                text_crc = zlib.crc32(raw, text_crc)
+            rows = [np.concatenate([head, ids, tail]).astype(dtype) for ids in tokenizer.encode_batch(texts)]
+            block = np.concatenate(rows).tobytes()
+            tokens_file.write(block)
+            tokens_crc = zlib.crc32(block, tokens_crc)
+            new = [(len(row), len(raw)) for row, raw in zip(rows, encoded, strict=True)]
+            counts += new
+            tokens, size = map(sum, zip(*new, strict=True))
+            counter.add(len(batch), size, tokens, seconds=time.perf_counter() - began)
+    table = np.array(counts, "<u4")
+    with _synced(directory / store.documents_name(index)) as documents_file:
+        documents_file.write(table.tobytes())
+    num_tokens, num_bytes = table.sum(axis=0, dtype=np.int64).tolist()
+    return store.ShardMeta(
+        num_documents=len(counts),
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        text_crc=text_crc,
+        tokens_crc=tokens_crc,
+        documents_crc=zlib.crc32(table.tobytes()),
+    )
+
+
+def _until_full(documents: Iterator[source.Document], num_bytes: int) -> Iterator[source.Document]:
+    """Documents until their text reaches `num_bytes`; takes none beyond."""
+    size = 0
+    while size < num_bytes and (document := next(documents, None)) is not None:
+        size += len(document.text.encode())
+        yield document
+
+
+class _synced:
+    """A new file that is on the disk, not only in its cache, when the block ends."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file: IO[bytes] = path.open("wb")
+
+    def __enter__(self) -> IO[bytes]:
+        return self._file
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def _write_json(path: pathlib.Path, value: object) -> None:
+    """Writes beside and renames, so that the file is there whole or not at all."""
+    beside = path.with_suffix(".writing")
+    with _synced(beside) as file:
+        file.write(json.dumps(config.to_dict(value), indent=1).encode())
+    beside.replace(path)
+
+
+def _check_same_plan(path: pathlib.Path, plan: store.StoreMeta, found: store.StoreMeta) -> None:
+    changes = config.diff(dataclasses.replace(found, shards=()), plan)
+    if changes:
+        raise ValueError(
+            f"{path}: already there and made otherwise ({'; '.join(changes)}); delete it or choose another directory"
+        )
+
+
+def _shard_name(index: int) -> str:
+    return f"{index:05d}.json"
