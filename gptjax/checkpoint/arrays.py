@@ -45,20 +45,29 @@ def checksums(flat: Mapping[str, Array]) -> dict[str, int]:
     It does not depend on the sharding, costs one pass over memory where the array lives, and
     any single damaged value changes it; the file format itself has none for values.
     """
-    if not flat:
-        return {}
-    return dict(zip(flat, np.asarray(_bit_sums(list(flat.values()))).tolist(), strict=True))
+    sums = jax.device_get([_bit_sum(leaf) for leaf in flat.values()])
+    return {path: int(total) for path, total in zip(flat, sums, strict=True)}
 
 
 @jax.jit
-def _bit_sums(leaves: list[Array]) -> Array:
-    return jnp.stack([jnp.sum(_bits(leaf), dtype=jnp.uint32) for leaf in leaves])
-
-
-def _bits(x: Array) -> Array:
+def _bit_sum(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-    return x.astype(jnp.int32).astype(jnp.uint32)
+        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    else:
+        x = x.astype(jnp.int32)
+    return jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def as_array(path: str, value: Any) -> Array:
+    """The value as a JAX array of the same dtype.
+
+    Raises:
+      ValueError: if JAX would change it (64-bit numpy arrays).
+    """
+    array = jnp.asarray(value)
+    if isinstance(value, np.ndarray) and array.dtype != value.dtype:
+        raise ValueError(f"{path}: {value.dtype} would be saved as {array.dtype}; convert it first")
+    return array
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:

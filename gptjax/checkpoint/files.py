@@ -50,5 +50,6 @@ class FilesRestore(ocp.args.CheckpointArgs):
 
 
 def read(directory: epath.Path) -> dict[str, bytes]:
-    """Every file of the directory."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Every file of the directory but Orbax's mark that the item is complete."""
+    mark = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != mark}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -29,6 +28,7 @@ class Meta:
       lineage: what was done to get here, oldest first; one entry a stage (`stage` and its facts).
       versions: of the libraries that wrote it.
       created: UTC, ISO 8601.
+      score: of the model on held-out text, lower being better; None where it was not measured.
       checksums: of every array as stored, by item and path; see `arrays.checksums`.
     """
 
@@ -40,6 +40,7 @@ class Meta:
     lineage: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     created: str
+    score: float | None
     checksums: dict[str, int]
 
 
@@ -60,12 +61,14 @@ def make(
         tokenizer=tokenizer,
         lineage=tuple(dict(entry) for entry in lineage),
         versions=_versions(),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        score=None,
         checksums={},
     )
 
 
 def to_json(meta: Meta) -> dict[str, Any]:
+    """The meta as nested dicts, lists and scalars."""
     return config.to_dict(meta)
 
 
@@ -90,10 +93,6 @@ def from_json(values: Any, *, path: str) -> Meta:
 def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
     """One line per size or choice that differs: `groups.0.pattern.0.mlp.d_ff: 1024 -> 2048`."""
     return config.diff(_indexed(config.to_dict(stored)), _indexed(config.to_dict(wanted)))
-
-
-def replace(meta: Meta, **changes: Any) -> Meta:
-    return dataclasses.replace(meta, **changes)
 
 
 def _indexed(values: Any) -> Any:

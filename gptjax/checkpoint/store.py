@@ -10,9 +10,11 @@ uncommitted is no checkpoint; the next `CheckpointStore` on the workdir removes 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging as python_logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from gptjax.types import Params
 DIRECTORY = "ckpt"
 _ARRAY_ITEMS = ("params", "opt_state", "extra")
 _JSON_FILE = "metadata"
+_UNCOMMITTED = ".orbax-checkpoint-tmp"
 
 
 class Restored(NamedTuple):
@@ -58,9 +61,7 @@ class CheckpointStore:
       keep_best: checkpoints with the lowest `score` given to `save` that are kept too.
     """
 
-    def __init__(
-        self, workdir: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0, keep_best: int = 0
-    ) -> None:
+    def __init__(self, workdir: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0, keep_best: int = 0) -> None:
         _quiet_orbax()
         self.directory = epath.Path(workdir) / DIRECTORY
         self._keep = (keep_last, keep_every, keep_best)
@@ -108,13 +109,16 @@ class CheckpointStore:
             logging.info("%s is there already; not saved again.", self.directory / str(step))
             return
         trees = {"params": params, "opt_state": opt_state, "extra": extra}
-        flat = {item: {k: jnp.asarray(v) for k, v in arrays.flatten(tree).items()} for item, tree in trees.items()}
+        flat = {
+            item: {path: arrays.as_array(path, leaf) for path, leaf in arrays.flatten(tree).items()}
+            for item, tree in trees.items()
+        }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
-        meta = meta_lib.replace(meta, step=step, checksums=sums)
+        meta = dataclasses.replace(meta, step=step, score=score, checksums=sums)
         items: dict[str, Any] = {
             item: ocp.args.PyTreeSave(arrays.nest(leaves)) for item, leaves in flat.items() if leaves
         }
-        items["data"] = ocp.args.JsonSave({"score": score, "data": dict(data or {})})
+        items["data"] = ocp.args.JsonSave(dict(data or {}))
         items["meta"] = ocp.args.JsonSave(meta_lib.to_json(meta))
         items["assets"] = files.FilesSave(dict(assets or {}))
         self._pending = step
@@ -147,8 +151,10 @@ class CheckpointStore:
         return committed_steps(self.directory)
 
     def latest(self) -> int | None:
-        """The newest committed step, or None if the workdir has no checkpoint."""
-        return max(self.steps(), default=None)
+        """The newest committed step, or None if the workdir has no checkpoint; the same on every process."""
+        # One host's answer for all: a network file system may show them different listings.
+        step = int(ocp.multihost.broadcast_one_to_all(np.int32(max(self.steps(), default=-1))))
+        return step if step >= 0 else None
 
     def restore(
         self, step: int, *, params: Params, opt_state: Any = (), extra: Any = (), model: ModelConfig | None = None
@@ -169,7 +175,7 @@ class CheckpointStore:
         meta = read_meta(path)
         restored = {item: _read_tree(path, item, tree, meta, model) for item, tree in trees.items()}
         with _unreadable(path, "data"):
-            data = json.loads((path / "data" / _JSON_FILE).read_text())["data"]
+            data = json.loads((path / "data" / _JSON_FILE).read_text())
         return Restored(meta, **restored, data=data, assets=read_assets(path))
 
     @contextmanager
@@ -196,15 +202,12 @@ class CheckpointStore:
             return
         kept = set(steps[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
         if keep_best:
-            scores = {step: _score(self.directory / str(step)) for step in steps}
-            kept |= set(sorted((s for s in steps if scores[s] is not None), key=lambda s: scores[s])[:keep_best])  # type: ignore[arg-type,return-value]
+            kept |= set(sorted(steps, key=lambda step: _score(self.directory / str(step)))[:keep_best])
         for step in sorted(set(steps) - kept):
             (self.directory / str(step)).rmtree()
 
 
-def restore_params(
-    path: epath.PathLike, *, shardings: Any = None, dtype: Any = None
-) -> tuple[Meta, Params]:
+def restore_params(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> tuple[Meta, Params]:
     """Reads parameters and meta alone; needs neither the optimizer's code nor its memory.
 
     Args:
@@ -242,14 +245,16 @@ def find(path: epath.PathLike) -> epath.Path:
       ValueError: if there is none.
     """
     path = epath.Path(path)
-    if (path / "meta").exists() or (path / "params").exists():
+    if path.name.isdigit() or (path / "meta").exists() or (path / "params").exists():
         _require_committed(path)
         return path
     for directory in (path / DIRECTORY, path):
         steps = committed_steps(directory)
         if steps:
             return directory / str(steps[-1])
-    raise ValueError(f"{path}: no checkpoint there; expected a checkpoint directory or a workdir with {DIRECTORY}/<step>")
+    raise ValueError(
+        f"{path}: no checkpoint there; expected a checkpoint directory or a workdir with {DIRECTORY}/<step>"
+    )
 
 
 def read_meta(directory: epath.PathLike) -> Meta:
@@ -308,10 +313,12 @@ def _unreadable(path: epath.Path, item: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            raise  # Too little memory says nothing about the files.
         others = [step for step in committed_steps(path.parent) if str(step) != path.name]
         raise ValueError(
-            f"{path}: the checkpoint exists but its {item!r} cannot be read ({_first_line(error)}). It was left as it is; "
-            "restore the files from a copy, or move the directory away"
+            f"{path}: the checkpoint exists but its {item!r} cannot be read ({_first_line(error)}). "
+            "It was left as it is; restore the files from a copy, or move the directory away"
             + (f" to go on from step {others[-1]}." if others else ".")
         ) from error
 
@@ -324,18 +331,21 @@ def _require_committed(path: epath.Path) -> None:
 
 
 def _is_committed(path: epath.Path) -> bool:
-    return bool(ocp.utils.is_checkpoint_finalized(path))
+    # Elsewhere than on gs:// a directory gets its name when it is complete, so whatever is missing
+    # from it was lost later: that is a damaged checkpoint, and not an uncommitted one to be removed.
+    return not str(path).startswith("gs://") or (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).exists()
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:
     for path in directory.iterdir():
-        if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _is_committed(path)):
+        if _UNCOMMITTED in path.name or (path.name.isdigit() and not _is_committed(path)):
             logging.warning("%s: saving was interrupted before it was complete; removed.", path)
             path.rmtree()
 
 
-def _score(path: epath.Path) -> float | None:
-    return json.loads((path / "data" / _JSON_FILE).read_text())["score"]
+def _score(path: epath.Path) -> float:
+    score = read_meta(path).score
+    return math.inf if score is None else score
 
 
 def _is_lead() -> bool:

@@ -31,13 +31,13 @@ class AdafactorState(NamedTuple):
     """Second moments, each under the parameters' own paths.
 
     Attributes:
-      count: int32 scalar.
+      num_updates: int32 scalar.
       rows, columns: shaped like the parameter less the averaged axes; `optax.MaskedNode`
         where not factored.
       full: shaped like the parameter; `optax.MaskedNode` where factored.
     """
 
-    count: Array
+    num_updates: Array
     rows: Params
     columns: Params
     full: Params
@@ -60,7 +60,7 @@ def scale_by_adafactor(layouts: Mapping[str, MatrixLayout | None], *, b2: float)
 
     def update(grads: Params, state: AdafactorState, params: Params | None = None) -> tuple[Params, AdafactorState]:
         del params
-        decay = jnp.minimum(b2, 1.0 - (state.count + 1.0) ** -0.8)
+        decay = jnp.minimum(b2, 1.0 - (state.num_updates + 1.0) ** -0.8)
 
         def moment(axes_of: Any, old: Params) -> Params:
             def step(key_path: tuple[Any, ...], g: Array, old: Any) -> Any:
@@ -86,7 +86,7 @@ def scale_by_adafactor(layouts: Mapping[str, MatrixLayout | None], *, b2: float)
             return u / jnp.maximum(1.0, _rms(u, layout))
 
         updates = jax.tree_util.tree_map_with_path(direction, grads, rows, columns, full)
-        return updates, AdafactorState(state.count + 1, rows, columns, full)
+        return updates, AdafactorState(state.num_updates + 1, rows, columns, full)
 
     return optax.GradientTransformation(init, update)
 

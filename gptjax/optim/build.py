@@ -67,10 +67,10 @@ class OptimConfig:
         for name in ("b1", "b2", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0 and below 1")
-        if self.learning_rate <= 0.0 or self.weight_decay < 0.0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate}, weight_decay={self.weight_decay}: expected above 0, and at least 0"
-            )
+        if self.learning_rate <= 0.0:
+            raise ValueError(f"learning_rate={self.learning_rate}: expected above 0")
+        if self.weight_decay < 0.0:
+            raise ValueError(f"weight_decay={self.weight_decay}: expected at least 0")
         for name in ("clip_norm", "skip_sigma"):
             value = getattr(self, name)
             if value is not None and value <= 0.0:

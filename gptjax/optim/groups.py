@@ -43,7 +43,7 @@ class GroupConfig:
         except re.error as error:
             raise ValueError(f"pattern={self.pattern!r} is not a regular expression: {error}") from error
         if self.lr_scale <= 0.0:
-            raise ValueError(f"lr_scale={self.lr_scale} of group {self.pattern!r}: expected above 0; freeze=True stops it")
+            raise ValueError(f"lr_scale={self.lr_scale} of {self.pattern!r}: expected above 0 (freeze=True stops it)")
         if self.weight_decay is not None and self.weight_decay < 0.0:
             raise ValueError(f"weight_decay={self.weight_decay} of group {self.pattern!r}: expected at least 0")
 
