@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -97,9 +97,9 @@ class TrainData:
     def __getitem__(self, step: int) -> Batch:
         batch = packing.empty_batch(len(self._rows), self._seq_len)
         for at, row in enumerate(self._rows):
-            source, count = self._mixture.pick(step * self._batch_size + row)
+            source, number = self._mixture.pick(step * self._batch_size + row)
             plan = self._plans[source]
-            epoch, index = divmod(count, plan.num_rows)
+            epoch, index = divmod(number, plan.num_rows)
             key = mixture.stream_key(self._seed, source, epoch)
             spans = plan.spans(mixture.permute(index, plan.num_rows, key=key))
             packing.fill_row(batch, at, self._stores[source], spans)
@@ -139,33 +139,30 @@ class EvalBatches:
     """Re-iterable batches in which every token of every document is a target with weight 1 exactly once.
 
     Bits per byte = (nats summed over the targets) / ln 2 / `num_bytes`. Counted are all tokens of the
-    text and the end token, without which the code could not be read back; a tokenizer without
+    text and the end token, without which the code could not be read back. A tokenizer without
     special ids leaves out the first token of each document, which has nothing to be predicted from.
 
     Attributes:
       num_batches: the same on every host; the last one is filled up with padding.
       num_targets: scored targets, over all hosts.
-      num_bytes: of the text that they spell, in UTF-8.
+      num_bytes: of UTF-8 text that they spell.
     """
 
-    def __init__(
-        self, store: store_lib.Store, plan: packing.SpanPlan, documents: np.ndarray, *, rows: range, size: int
-    ):
-        self._store, self._plan, self._rows, self._batch_size = store, plan, rows, size
-        self.num_batches = -(-plan.num_rows // size)
-        self.num_targets = int((store.lengths[documents] - 1).sum())
-        self.num_bytes = int(store.document_bytes[documents].sum())
+    def __init__(self, store: store_lib.Store, plan: packing.SpanPlan, row_numbers: np.ndarray, hosts: _HostRows):
+        self._store, self._plan, self._row_numbers, self._hosts = store, plan, row_numbers, hosts
+        self.num_batches = -(-len(row_numbers) // hosts.batch_size)
+        self.num_targets, self.num_bytes = _targets_and_bytes(store, plan, row_numbers)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(self.num_batches):
-            batch = packing.empty_batch(len(self._rows), self._plan.seq_len)
-            for at, row in enumerate(self._rows):
-                number = index * self._batch_size + row
-                if number < self._plan.num_rows:
-                    packing.fill_row(batch, at, self._store, self._plan.spans(number))
+            batch = packing.empty_batch(len(self._hosts.rows), self._plan.seq_len)
+            for at, row in enumerate(self._hosts.rows):
+                number = index * self._hosts.batch_size + row
+                if number < len(self._row_numbers):
+                    packing.fill_row(batch, at, self._store, self._plan.spans(int(self._row_numbers[number])))
             yield batch
 
 
@@ -175,33 +172,42 @@ def eval_batches(
     batch_size: int,
     seq_len: int,
     stride: int | None = None,
-    max_targets: int | None = None,
+    max_batches: int | None = None,
     num_hosts: int = 1,
     host: int = 0,
 ) -> EvalBatches:
-    """Batches `[batch_size / num_hosts, seq_len]` that score a store exactly; short documents share rows.
+    """Batches `[batch_size / num_hosts, seq_len]` that score a store; short documents share rows.
 
-    Args:
-      stride: targets that each window over a long document adds, see `packing.windows`; half of
-        `seq_len` unless told. Smaller is dearer and gives more context.
-      max_targets: takes whole documents from all over the store, at least one, until they have so
-        many targets; always the same ones.
+    Each window over a long document adds `stride` targets, half of `seq_len` unless told, see
+    `packing.windows`: a smaller one is dearer and gives more context. With `max_batches` only so
+    many are made, of rows from all over the store, always the same ones; `num_targets` and
+    `num_bytes` are then theirs.
     """
     if not isinstance(store, store_lib.Store):
         store = store_lib.open_store(store)
-    rows = host_rows(batch_size, num_hosts=num_hosts, host=host)
-    documents = np.arange(store.num_documents)
-    if max_targets is not None:
-        spread = np.array([mixture.permute(i, len(documents), key=0) for i in range(len(documents))])
-        enough = int(np.searchsorted(np.cumsum(store.lengths[spread] - 1), max_targets)) + 1
-        documents = np.sort(spread[:enough])
-    plan = packing.windows(
-        store.starts[documents],
-        store.lengths[documents],
-        seq_len=seq_len,
-        stride=stride if stride is not None else max(1, seq_len // 2),
-    )
-    return EvalBatches(store, plan, documents, rows=rows, size=batch_size)
+    hosts = _HostRows(batch_size, host_rows(batch_size, num_hosts=num_hosts, host=host))
+    plan = packing.windows(store.starts, seq_len=seq_len, stride=max(1, seq_len // 2) if stride is None else stride)
+    num_rows = plan.num_rows if max_batches is None else min(plan.num_rows, max_batches * batch_size)
+    return EvalBatches(store, plan, np.arange(num_rows) * plan.num_rows // num_rows, hosts)
+
+
+class _HostRows(NamedTuple):
+    batch_size: int
+    rows: range
+
+
+def _targets_and_bytes(store: store_lib.Store, plan: packing.SpanPlan, row_numbers: np.ndarray) -> tuple[int, int]:
+    whole = len(row_numbers) == plan.num_rows
+    if whole and store.meta.start_id is not None:
+        return store.num_tokens - store.num_documents, store.num_bytes
+    sizes = np.array([len(piece) for piece in store.tokenizer.pieces])
+    num_targets = num_bytes = 0
+    for row in row_numbers.tolist():
+        for start, length, context in plan.spans(row):
+            scored = store.read(start + 1 + context, length - context)
+            num_targets += len(scored)
+            num_bytes += int(sizes[scored].sum())
+    return num_targets, num_bytes
 
 
 def host_rows(batch_size: int, *, num_hosts: int, host: int) -> range:

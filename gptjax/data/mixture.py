@@ -22,10 +22,10 @@ _FEISTEL_ROUNDS = 6
 
 
 class Pick(NamedTuple):
-    """Row number `count` (from 0, epochs included) of source number `source`."""
+    """Row `number` (from 0, epochs included) of source number `source`."""
 
     source: int
-    count: int
+    number: int
 
 
 class Mixture:

@@ -53,10 +53,7 @@ class Plan(Protocol):
 
 
 def plan(starts: np.ndarray, seq_len: int, packing: Packing) -> Plan:
-    """The plan of a store for training: every pair exactly once.
-
-    Args:
-      starts: int64 `[num_documents + 1]`, the token each document starts at.
+    """The plan of a store for training, from its `Store.starts`: every pair exactly once.
 
     Raises:
       ValueError: if there is not a single pair.
@@ -65,14 +62,14 @@ def plan(starts: np.ndarray, seq_len: int, packing: Packing) -> Plan:
     return ConcatPlan(starts, seq_len) if packing == "concat" else _best_fit(_pieces(starts, seq_len), seq_len)
 
 
-def windows(starts: np.ndarray, lengths: np.ndarray, *, seq_len: int, stride: int) -> SpanPlan:
-    """The plan for evaluation on the documents of `lengths[i]` tokens at `starts[i]`: every pair scored exactly once.
+def windows(starts: np.ndarray, *, seq_len: int, stride: int) -> SpanPlan:
+    """The plan of a store for evaluation, from its `Store.starts`: every pair scored exactly once.
 
     The first window of a document scores all its pairs, each later one the `stride` (the last
     one: the remaining) pairs after those, with `seq_len - stride` or more pairs of context. The
     last window ends where the document does, so its context is as long as can be.
     """
-    pairs = lengths - 1
+    pairs = np.diff(starts) - 1
     _check_pairs(int(pairs.sum()), seq_len)
     if not 1 <= stride <= seq_len:
         raise ValueError(f"stride: expected 1 to seq_len={seq_len}, got {stride}")

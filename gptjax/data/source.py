@@ -12,6 +12,7 @@
 
 Ids are stable: they do not depend on the machine, the time or where the directory lies, so a
 held-out split by their hash never moves. Documents without a single character are left out.
+A source that is one text is split at a character instead: its end is held out.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import io
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from gptjax.data import corpus
+
+Part = Literal["train", "eval"]
 
 TEXT_KEY = "text"
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -35,6 +38,8 @@ _PARQUET_SUFFIX = ".parquet"
 
 
 class Document(NamedTuple):
+    """A text and its name, unique within its source."""
+
     id: str
     text: str
 
@@ -47,11 +52,13 @@ class Source:
       description: what `open_source` was given; stores record it.
       documents: starts a new pass.
       size_bytes: about how much text there is, for the time left; None if unknown.
+      is_one_text: whether it is a single document, which `split` then cuts in two.
     """
 
     description: str
     documents: Callable[[], Iterator[Document]]
     size_bytes: int | None = None
+    is_one_text: bool = False
 
 
 def open_source(spec: str) -> Source:
@@ -70,11 +77,24 @@ def open_source(spec: str) -> Source:
     return dataclasses.replace(_OPENERS[kind](where), description=f"{kind}:{where}")
 
 
-def is_held_out(id: str, fraction: float) -> bool:
-    """Whether a document belongs to evaluation: one in `round(1 / fraction)` does, by SHA-256 of its id."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"eval_fraction: expected a number between 0 and 1, got {fraction}")
-    return int(hashlib.sha256(id.encode()).hexdigest(), 16) % round(1 / fraction) == 0
+def split(source: Source, part: Part, *, eval_fraction: float) -> Iterator[Document]:
+    """The documents of one part, in order; without `eval_fraction` all are for training."""
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"eval_fraction: expected 0 to below 1, got {eval_fraction}")
+    for document in source.documents():
+        if source.is_one_text:
+            cut = int(len(document.text) * (1 - eval_fraction))
+            text = document.text[:cut] if part == "train" else document.text[cut:]
+            yield from _nonempty(iter([Document(document.id, text)]))
+        elif is_held_out(document.id, eval_fraction) == (part == "eval"):
+            yield document
+
+
+def is_held_out(id: str, eval_fraction: float) -> bool:
+    """Whether a document belongs to evaluation: one in `round(1 / eval_fraction)` does, by SHA-256 of its id."""
+    if eval_fraction == 0:
+        return False
+    return int(hashlib.sha256(id.encode()).hexdigest(), 16) % round(1 / eval_fraction) == 0
 
 
 def _sniff(path: str) -> str:
@@ -117,7 +137,8 @@ def _fixed_part(where: str) -> pathlib.Path:
 
 
 def _open_text(where: str) -> Source:
-    return _of_file(where, lambda id, path: iter([Document(id, _read_text(path))]))
+    source = _of_file(where, lambda id, path: iter([Document(id, _read_text(path))]))
+    return dataclasses.replace(source, is_one_text=True)
 
 
 def _open_jsonl(where: str) -> Source:
@@ -186,7 +207,7 @@ def _open_compressed(path: pathlib.Path, stack: contextlib.ExitStack) -> IO[byte
     head = raw.read(4)
     raw.seek(0)
     if head[:2] == b"\x1f\x8b":
-        return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[return-value]
+        return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type, return-value]
     if head == b"\x28\xb5\x2f\xfd":
         import zstandard
 

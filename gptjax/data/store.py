@@ -3,14 +3,14 @@
     meta.json            what it holds, with a checksum of every file below
     00000.tokens         token ids, little-endian uint16, or uint32 past 65,536 pieces
     00000.documents      per document its number of tokens and its bytes of text, two uint32
+    tokenizer.model      the tokenizer
 
 A document is stored as `start token, its tokens, end token` (those the tokenizer has), so every
 token of the text and the end has a token before it to be predicted from. A document never
 spans shards.
 
-Writing goes to `<path>.partial`, shard by shard, and the directory takes its name when all is
-there. Started again after a kill, it goes on after the last finished shard; text that changed
-in between is noticed by its checksum.
+The tokenizer lies beside them, so a store can be read and scored on its own. See writer.py for
+how a store comes to be.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TypeVar
 import numpy as np
 
 from gptjax import config
+from gptjax.data import tokenizer
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ _CHECK_BLOCK_BYTES = 1 << 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardMeta:
+    """Counts and CRC-32 checksums of one shard; `num_bytes` and `text_crc` are of the text."""
+
     num_documents: int
     num_tokens: int
     num_bytes: int
@@ -100,6 +103,16 @@ class Store:
         return int(self.document_bytes.sum())
 
     @functools.cached_property
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """The tokenizer that made the tokens."""
+        found = tokenizer.load(self.path)
+        if found.fingerprint != self.meta.fingerprint:
+            raise ValueError(
+                f"{self.path / tokenizer.FILE_NAME}: not the tokenizer that made this store; {HOW_TO_MAKE}"
+            )
+        return found
+
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """int64 `[num_documents]`, tokens of each document with its start and end token."""
         return np.diff(self.starts)
@@ -127,8 +140,7 @@ class Store:
 def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Store:
     """Opens a store; sizes are always checked, checksums too unless it is over 256 MiB.
 
-    Args:
-      fingerprint: of the tokenizer in use; a store made with another is refused.
+    With the `fingerprint` of the tokenizer in use, a store made with another is refused.
 
     Raises:
       ValueError: if nothing is there, a file is missing, cut or damaged, or the tokenizer is another.
@@ -162,6 +174,7 @@ HOW_TO_MAKE = "make one with experiments.prepare_data"
 
 
 def read_json(path: pathlib.Path, cls: type[T]) -> T:
+    """The dataclass that a json file of a store holds."""
     try:
         return config.from_dict(cls, json.loads(path.read_bytes()), path=str(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -181,6 +194,7 @@ def _check_size(path: pathlib.Path, expected: int) -> None:
 
 
 def check(path: pathlib.Path, expected: int) -> None:
+    """Raises ValueError unless the CRC-32 of the file is `expected`."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(_CHECK_BLOCK_BYTES):
@@ -190,16 +204,20 @@ def check(path: pathlib.Path, expected: int) -> None:
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
+    """Where a store is before it is finished."""
     return path.with_name(path.name + ".partial")
 
 
 def token_dtype(vocab_size: int) -> str:
+    """The numpy type of stored tokens."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def tokens_name(index: int) -> str:
+    """File of the tokens of shard `index`."""
     return f"{index:05d}.tokens"
 
 
 def documents_name(index: int) -> str:
+    """File of the document sizes of shard `index`."""
     return f"{index:05d}.documents"

@@ -126,6 +126,22 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         raise ValueError(f"{file}: {error}") from error
 
 
+def save(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> Tokenizer:
+    """Writes the tokenizer to a file, whole or not at all, and returns it.
+
+    Raises:
+      ValueError: if another tokenizer is there: what was made with it would be lost.
+    """
+    file = pathlib.Path(path)
+    if file.exists() and load(file).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{file}: another tokenizer is already there; delete it or choose another directory")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".writing")
+    beside.write_bytes(tokenizer.serialized)
+    beside.replace(file)
+    return tokenizer
+
+
 def from_bytes(serialized: bytes) -> Tokenizer:
     """Rebuilds a tokenizer from `Tokenizer.to_bytes()`, or from a SentencePiece model file."""
     if not serialized.lstrip().startswith(b"{"):
@@ -147,13 +163,12 @@ def train_bpe(
 ) -> Tokenizer:
     """Learns byte-pair merges with SentencePiece, set up for source code as much as for prose.
 
-    Pieces may hold newlines and runs of blanks (`":\\n"`, eight spaces) and symbols beside letters
-    (`"self."`), and begin but never continue with a blank. Characters that make up less than a
-    ten-thousandth of the text get no piece of their own: they fall back to bytes.
+    Pieces may hold line ends and runs of blanks (eight spaces) and symbols beside letters (`self.`);
+    a space begins a piece, or is among spaces only. The rarest characters, one in ten thousand of
+    the text, get no piece of their own: they fall back to bytes.
 
-    Args:
-      texts: read in order until `max_bytes` of UTF-8; the rest is not looked at.
-      vocab_size: pieces in all, the 5 special ids and 256 bytes included.
+    `texts` is read in order until `max_bytes` of UTF-8. `vocab_size` includes the 5 special ids and
+    the 256 bytes.
 
     Raises:
       ValueError: without text, or if it does not yield exactly `vocab_size` pieces.

@@ -15,25 +15,17 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
 from gptjax import config
 from gptjax.data import source, store
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.progress import Progress
+from gptjax.data.tokenizer import FILE_NAME, Tokenizer
 
 _PLAN = "plan.json"
 _BATCH_BYTES = 1 << 22
-
-
-class Progress(NamedTuple):
-    """How far writing has come; `seconds` does not count shards found finished."""
-
-    num_documents: int
-    num_bytes: int
-    num_tokens: int
-    tokens_per_second: float
 
 
 def write_store(
@@ -49,10 +41,8 @@ def write_store(
 
     A finished store made with the same tokenizer from the same source is opened, not written again.
 
-    Args:
-      description: names the source; `store.StoreMeta.source` keeps it.
-      shard_bytes: bytes of text after which a shard is closed; what a kill costs at most.
-      progress_fn: called after every few megabytes.
+    `description` names the source in the store. A shard is closed once it holds `shard_bytes` of
+    text, which is what a kill costs at most. `progress_fn` is called every few megabytes.
 
     Raises:
       ValueError: if the documents are empty, or `path` or its unfinished part holds something else.
@@ -72,19 +62,23 @@ def write_store(
         found = store.open_store(final)
         _check_same_plan(final, plan, found.meta)
         return found
-    if partial.exists() and (partial / _PLAN).is_file():
+    stream = iter(documents)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{description}: no text to tokenise for {final}; every document is empty or held out")
+    if (partial / _PLAN).is_file():
         _check_same_plan(partial, plan, store.read_json(partial / _PLAN, store.StoreMeta))
     else:
         partial.mkdir(parents=True, exist_ok=True)
         _write_json(partial / _PLAN, plan)
     counter = _Counter(progress_fn)
-    stream = iter(documents)
     shards: list[store.ShardMeta] = []
-    for first in stream:
+    while first is not None:
         group = _until_full(itertools.chain([first], stream), shard_bytes)
         shards.append(_finish_shard(partial, len(shards), group, tokenizer, plan, counter))
-    if not shards:
-        raise ValueError(f"{description}: no text to tokenise for {final}; every document is empty or held out")
+        first = next(stream, None)
+    with _synced(partial / FILE_NAME) as file:
+        file.write(tokenizer.to_bytes())
     _write_json(partial / store.META, dataclasses.replace(plan, shards=tuple(shards)))
     for name in [_PLAN, *(_shard_name(index) for index in range(len(shards)))]:
         (partial / name).unlink()
