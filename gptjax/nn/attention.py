@@ -11,6 +11,7 @@ from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
 from gptjax.nn.config import AttentionConfig, RopeConfig
+from gptjax.nn.init import declare
 from gptjax.nn.linear import Linear
 from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
@@ -83,11 +84,10 @@ class Attention(nn.Module):
             softcap=cfg.softcap,
             sinks_N=self._sinks(),
         )
-        out = Linear(
-            "BTNH,NHD->BTD",
+        out = Linear(spec="BTNH,NHD->BTD",
             shape=(cfg.num_heads, cfg.head_dim, d_model),
             axes=("heads", "head_dim", "embed"),
-            num_in=2,
+            in_dims=(0, 1),
             bias=cfg.out_bias,
             scale=self.out_scale,
             name="out",
@@ -95,8 +95,7 @@ class Attention(nn.Module):
         return out(o_BTNH), cache
 
     def _project(self, name: str, num_heads: int, axis: str, d_model: int) -> Linear:
-        return Linear(
-            "BTD,DNH->BTNH",
+        return Linear(spec="BTD,DNH->BTNH",
             shape=(d_model, num_heads, self.cfg.head_dim),
             axes=("embed", axis, "head_dim"),
             bias=self.cfg.bias,
@@ -106,5 +105,4 @@ class Attention(nn.Module):
     def _sinks(self) -> Array | None:
         if not self.cfg.sinks:
             return None
-        zeros = nn.with_partitioning(nn.initializers.zeros, ("heads",))
-        return self.param("sinks", zeros, (self.cfg.num_heads,))
+        return self.param("sinks", declare((self.cfg.num_heads,), ("heads",)))

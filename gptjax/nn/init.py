@@ -1,36 +1,101 @@
-"""Initial values of parameters."""
+"""Initial values of parameters.
+
+Every value is a hash of the seed, the parameter's path and the element's index. So it depends
+neither on the mesh, nor on the order of parameters, nor on how layers are stacked; each
+device computes its own part; and the compiled program is a few integer operations a
+parameter, where one call of a cryptographic generator takes half a second to compile on a
+CPU, times the number of parameters.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Initializer = nn.initializers.Initializer
-# Variance of a standard normal truncated at two standard deviations, 1 - 2 * 2 * pdf(2) / 0.9545.
-_TRUNCATED_STD = 0.87962566103423978
+from gptjax.types import Array, Params
 
 
-def fan_in(in_dims: Sequence[int], *, scale: float = 1.0) -> Initializer:
-    """Truncated normal of standard deviation `scale / sqrt(product of the contracted dimensions)`.
+@flax.struct.dataclass
+class Declared(nn.Partitioned):
+    """A parameter's box: its logical axes and the distribution of its initial values.
 
-    Args:
-      in_dims: dimensions of the kernel that a product contracts.
-      scale: gain; residual branches use `1 / sqrt(2 * num_layers)` so that the variance of the
-        residual stream does not grow with depth (GPT-2, section 2.3).
+    Attributes:
+      std: standard deviation of the uniform distribution around `constant`.
     """
 
-    def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        fan = math.prod(shape[dim] for dim in in_dims)
-        std = scale / math.sqrt(fan) / _TRUNCATED_STD
-        return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
-
-    return init
+    std: float = flax.struct.field(default=0.0, pytree_node=False)
+    constant: float = flax.struct.field(default=0.0, pytree_node=False)
 
 
-def embedding() -> Initializer:
-    """Normal with standard deviation 0.02 (GPT-2)."""
-    return nn.initializers.normal(0.02)
+def declare(
+    shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, constant: float = 0.0
+) -> Callable[[Array], Any]:
+    """An initializer for `Module.param` that records what `draw` needs."""
+
+    def boxed(_: Array) -> Any:
+        value = jnp.full(tuple(shape), constant, jnp.float32)
+        return Declared(value, names=tuple(axes), std=std, constant=constant)
+
+    return boxed
+
+
+def fan_in_std(shape: Sequence[int], in_dims: Sequence[int]) -> float:
+    """`1 / sqrt(product of the contracted dimensions)`: outputs as large as inputs (LeCun 1998)."""
+    return 1.0 / math.sqrt(math.prod(shape[dim] for dim in in_dims))
+
+
+EMBEDDING_STD = 0.02
+"""Of token and position embeddings and the untied head (GPT-2)."""
+
+
+def draw(boxes: Any, rng: Array) -> Params:
+    """Initial values of a tree of `Declared` boxes, whose own values are only shapes.
+
+    Args:
+      boxes: from `jax.eval_shape` of a module's init.
+      rng: a JAX key.
+    """
+    seed = jax.random.key_data(rng).astype(jnp.uint32).reshape(-1)
+
+    def leaf(path: tuple, box: Any) -> Array:
+        if box.std == 0.0:
+            return jnp.full(box.value.shape, box.constant, jnp.float32)
+        name = "/".join(str(key.key) for key in path)
+        return box.constant + box.std * uniform(box.value.shape, seed, zlib.crc32(name.encode()))
+
+    return jax.tree_util.tree_map_with_path(leaf, boxes, is_leaf=lambda node: isinstance(node, nn.Partitioned))
+
+
+def uniform(shape: Sequence[int], seed: Array, salt: int) -> Array:
+    """Uniform float32 of mean 0 and variance 1, a function of the seed's words, the salt and the index."""
+    # Two counters, since stacked experts can have more than 2 ** 32 elements.
+    low = _counter(shape, range(max(len(shape) - 2, 0), len(shape)))
+    high = _counter(shape, range(max(len(shape) - 2, 0)))
+    bits = _mix(high ^ jnp.uint32(salt))
+    for word in seed:
+        bits = _mix(bits + word)
+    bits = _mix(_mix(bits ^ low) + low)
+    unit = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    return (unit - 0.5) * math.sqrt(12.0)
+
+
+def _counter(shape: Sequence[int], dims: Sequence[int]) -> Array:
+    """The row-major index over `dims`, broadcast to `shape`; wraps at 2 ** 32."""
+    count = jnp.zeros(tuple(shape), jnp.uint32)
+    for dim in dims:
+        count = count * jnp.uint32(shape[dim]) + jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), dim)
+    return count
+
+
+def _mix(x: Array) -> Array:
+    """Wellons' `lowbias32`: a bijection of 32-bit words with an avalanche bias of 0.17 (hash-prospector)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.kernels import matmul
+from gptjax.kernels.grouped import grouped_matmul
 from gptjax.nn import init
 from gptjax.types import Array
 
@@ -21,33 +22,54 @@ def einsum(spec: str, x: Array, kernel: Array) -> Array:
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
 
 
-class Linear(nn.Module):
-    """`y = einsum(spec, x, kernel) + bias`.
+def grouped(x_MD: Array, kernel_EDF: Array, group_sizes_E: Array) -> Array:
+    """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
+    return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), group_sizes_E)
+
+
+class Kernel(nn.Module):
+    """Declares a kernel, and a bias over its output dimensions or None.
 
     Attributes:
-      spec: einsum of the activation and the kernel, such as `BTD,DNH->BTNH`.
       shape: of the kernel.
       axes: logical axes of the kernel's dimensions.
-      num_in: how many leading dimensions of the kernel are contracted; the rest is the output.
+      in_dims: dimensions that a product contracts; they set the scale of the initial values.
+      batch_dims: leading dimensions that count separate kernels, such as experts.
       scale: gain of the initial values.
     """
 
-    spec: str
     shape: Sequence[int]
     axes: Sequence[str | None]
-    num_in: int = 1
+    in_dims: Sequence[int] = (0,)
+    batch_dims: int = 0
     bias: bool = False
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kernel_init = init.fan_in(range(self.num_in), scale=self.scale)
-        kernel = self.param("kernel", nn.with_partitioning(kernel_init, tuple(self.axes)), tuple(self.shape))
+    def __call__(self) -> tuple[Array, Array | None]:
+        std = self.scale * init.fan_in_std(self.shape, self.in_dims)
+        kernel = self.param("kernel", init.declare(self.shape, self.axes, std=std))
+        if not self.bias:
+            return kernel, None
+        kept = [dim for dim in range(len(self.shape)) if dim < self.batch_dims or dim not in self.in_dims]
+        shape, axes = [self.shape[dim] for dim in kept], [self.axes[dim] for dim in kept]
+        return kernel, self.param("bias", init.declare(shape, axes))
+
+
+class Linear(Kernel):
+    """`y = einsum(spec, x, kernel) + bias`, with the attributes of `Kernel`.
+
+    Attributes:
+      spec: einsum of the activation and the kernel, such as `BTD,DNH->BTNH`.
+    """
+
+    spec: str = ""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        kernel, bias = super().__call__()
         y = einsum(self.spec, x, kernel)
-        if self.bias:
-            bias_init = nn.with_partitioning(nn.initializers.zeros, tuple(self.axes[self.num_in :]))
-            y = y + self.param("bias", bias_init, tuple(self.shape[self.num_in :])).astype(y.dtype)
-        return y
+        return y if bias is None else y + bias.astype(y.dtype)
 
 
 def compute_dtype(dtype: str, platform: str) -> jnp.dtype:

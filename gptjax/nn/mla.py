@@ -12,8 +12,7 @@ from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
 from gptjax.nn.attention import Context
 from gptjax.nn.config import MLAConfig
-from gptjax.nn.init import fan_in
-from gptjax.nn.linear import Linear, einsum
+from gptjax.nn.linear import Kernel, Linear, einsum
 from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array
@@ -75,11 +74,10 @@ class LatentAttention(nn.Module):
             scale=(cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 if cfg.scale is None else cfg.scale,
         )
         o_BTNH = einsum("BTNR,RNH->BTNH", o, value_RNH) if absorbed else o
-        out = Linear(
-            "BTNH,NHD->BTD",
+        out = Linear(spec="BTNH,NHD->BTD",
             shape=(cfg.num_heads, cfg.v_head_dim, x_BTD.shape[-1]),
             axes=("heads", "head_dim", "embed"),
-            num_in=2,
+            in_dims=(0, 1),
             bias=cfg.bias,
             scale=self.out_scale,
             name="out",
@@ -91,19 +89,17 @@ class LatentAttention(nn.Module):
         head_dim = cfg.nope_head_dim + cfg.rope_head_dim
         if cfg.q_latent is None:
             shape, axes = (d_model, cfg.num_heads, head_dim), ("embed", "heads", "head_dim")
-            return Linear("BTD,DNH->BTNH", shape=shape, axes=axes, name="query")(x_BTD)
-        down = Linear(
-            "BTD,DR->BTR", shape=(d_model, cfg.q_latent), axes=("embed", "latent"), bias=cfg.bias, name="query_down"
+            return Linear(spec="BTD,DNH->BTNH", shape=shape, axes=axes, name="query")(x_BTD)
+        down = Linear(spec="BTD,DR->BTR", shape=(d_model, cfg.q_latent), axes=("embed", "latent"), bias=cfg.bias, name="query_down"
         )
         latent = Norm(cfg.norm, axis="latent", name="query_norm")(down(x_BTD))
         shape, axes = (cfg.q_latent, cfg.num_heads, head_dim), ("latent", "heads", "head_dim")
-        return Linear("BTR,RNH->BTNH", shape=shape, axes=axes, name="query_up")(latent)
+        return Linear(spec="BTR,RNH->BTNH", shape=shape, axes=axes, name="query_up")(latent)
 
     def _latents(self, x_BTD: Array, table: tuple[Array, Array]) -> tuple[Array, Array]:
         """The normalised latent `[B, T, R]` and the rotated key `[B, T, H]` of each position."""
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        down = Linear(
-            "BTD,DR->BTR",
+        down = Linear(spec="BTD,DR->BTR",
             shape=(d_model, cfg.kv_latent + cfg.rope_head_dim),
             axes=("embed", "latent"),
             bias=cfg.bias,
@@ -116,7 +112,7 @@ class LatentAttention(nn.Module):
     def _up_kernels(self) -> tuple[Array, Array]:
         """Kernels from latents to keys and to values, `[R, N, H]` each; they are used in two ways."""
         cfg = self.cfg
-        boxed = nn.with_partitioning(fan_in((0,)), ("latent", "heads", "head_dim"))
-        up = self.param("key_up", boxed, (cfg.kv_latent, cfg.num_heads, cfg.nope_head_dim))
-        value = self.param("value_up", boxed, (cfg.kv_latent, cfg.num_heads, cfg.v_head_dim))
-        return up, value
+        axes = ("latent", "heads", "head_dim")
+        key_up, _ = Kernel((cfg.kv_latent, cfg.num_heads, cfg.nope_head_dim), axes, name="key_up")()
+        value_up, _ = Kernel((cfg.kv_latent, cfg.num_heads, cfg.v_head_dim), axes, name="value_up")()
+        return key_up, value_up

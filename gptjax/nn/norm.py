@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.nn.config import NormConfig
+from gptjax.nn.init import declare
 from gptjax.types import Array
 
 
@@ -25,13 +26,13 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.cfg
-        first = nn.initializers.zeros if cfg.zero_centered else nn.initializers.ones
-        scale = self.param("scale", nn.with_partitioning(first, (self.axis,)), (x.shape[-1],))
+        shape, axes = x.shape[-1:], (self.axis,)
+        scale = self.param("scale", declare(shape, axes, constant=0.0 if cfg.zero_centered else 1.0))
         y = x.astype(jnp.float32)
         if cfg.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.eps)
         y = y * (1.0 + scale if cfg.zero_centered else scale)
         if cfg.bias:
-            y = y + self.param("bias", nn.with_partitioning(nn.initializers.zeros, (self.axis,)), (x.shape[-1],))
+            y = y + self.param("bias", declare(shape, axes))
         return y.astype(x.dtype)

@@ -97,8 +97,6 @@ def platform() -> str:
 
     The mesh in use decides, so that lowering for a pod from a laptop picks the pod's kernels.
     """
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty and isinstance(mesh, Mesh):
-        name = mesh.devices.flat[0].platform
-        return "gpu" if name in ("cuda", "rocm") else name
-    return jax.default_backend()
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device is not None else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name

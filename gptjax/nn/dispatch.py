@@ -1,0 +1,233 @@
+"""Sending tokens to experts and back, on one device or split over a mesh.
+
+Two ways. *Dropless*: assignments are sorted by expert and each projection is one grouped
+product, so every token reaches all its experts (MegaBlocks, arXiv:2211.15841). *Capacity*:
+each expert has a buffer of fixed size a row, filled in order of position, and what does not
+fit is dropped (GShard, arXiv:2006.16668).
+
+Over a mesh both run per device on its own tokens. Where the mesh axes of `experts` also split
+the batch, dropless gathers the tokens of that axis and scatters back the sums, capacity
+exchanges buffers all-to-all. The hidden dimension of an expert may be split as well; its
+partial sums are added at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.nn.config import MoEConfig
+from gptjax.nn.linear import einsum, grouped
+from gptjax.nn.mlp import activate
+from gptjax.parallel import rules
+from gptjax.types import Array
+
+Weights = Mapping[str, tuple[Array, Array | None]]
+"""`up`, `down` and, where gated, `gate`: kernel `[E, in, out]` and bias `[E, out]` or None."""
+
+
+def capacity(cfg: MoEConfig, seq_len: int) -> int:
+    """Tokens that one expert takes from a row of `seq_len`."""
+    assert cfg.capacity_factor is not None, "dropless layers have no capacity"
+    return math.ceil(cfg.capacity_factor * seq_len * cfg.num_experts_per_token / cfg.num_experts)
+
+
+def slots(index_BTA: Array, num_experts: int) -> Array:
+    """`[B, T, A]`: how many assignments of the row, in order of position, its expert had before."""
+    batch, length, active = index_BTA.shape
+    flat = index_BTA.reshape(batch, length * active)
+    order = jnp.argsort(flat, axis=1, stable=True)
+    ranked = jnp.take_along_axis(flat, order, axis=1)
+    first = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(num_experts)))(ranked)
+    rank = jnp.arange(length * active) - jnp.take_along_axis(first, ranked, axis=1)
+    inverse = jnp.argsort(order, axis=1)
+    return jnp.take_along_axis(rank, inverse, axis=1).reshape(index_BTA.shape)
+
+
+def apply_experts(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Array, weights: Weights) -> Array:
+    """`sum_a weight[a] * expert[index[a]](x)`, `[B, T, D]`.
+
+    Args:
+      cfg: `capacity_factor` chooses the way; see the module's description.
+      x_BTD: tokens.
+      index_BTA: int32 experts of each token.
+      weight_BTA: float32 weight of each.
+      weights: the experts' projections.
+    """
+    local = _dropless if cfg.capacity_factor is None else _capacity
+    mesh = rules.current_mesh()
+    if mesh is None:
+        return local(cfg, (), x_BTD, index_BTA, weight_BTA, weights)
+    # Capacity counts within whole rows, so there the sequence is not split.
+    length = "act_length" if cfg.capacity_factor is None else None
+    tokens = rules.spec("act_batch", length, None)
+    up = (rules.spec("experts", None, "mlp"), rules.spec("experts", "mlp"))
+    down = (rules.spec("experts", "mlp", None), rules.spec("experts", None))
+    specs = {name: down if name == "down" else up for name in weights}
+    present = {name: (specs[name][0], None if bias is None else specs[name][1]) for name, (_, bias) in weights.items()}
+    axes = tuple((axis, mesh.shape[axis]) for axis in mesh.axis_names)
+    if cfg.num_experts % rules.axis_size(mesh, "experts"):
+        raise ValueError(
+            f"num_experts={cfg.num_experts} is not divisible by the {rules.axis_size(mesh, 'experts')} "
+            f"parts of mesh axes {rules.mesh_axes('experts')}"
+        )
+    run = jax.shard_map(
+        functools.partial(local, cfg, axes),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, present),
+        out_specs=tokens,
+        check_vma=False,
+    )
+    return run(x_BTD, index_BTA, weight_BTA, weights)
+
+
+class _Axes:
+    """How a manual region's mesh splits the experts.
+
+    Attributes:
+      exchange: axes that split experts and batch.
+      select: axes that split experts alone; every device along them has the same tokens.
+      hidden: axes that split the hidden dimension of each expert.
+    """
+
+    def __init__(self, sizes: tuple[tuple[str, int], ...]):
+        self.size = dict(sizes)
+        split = [axis for axis in rules.mesh_axes("experts") if self.size.get(axis, 1) > 1]
+        batch = rules.mesh_axes("act_batch")
+        self.exchange = tuple(axis for axis in split if axis in batch)
+        self.select = tuple(axis for axis in split if axis not in batch)
+        taken = rules.mesh_axes("experts")
+        self.hidden = tuple(a for a in rules.mesh_axes("mlp") if a not in taken and self.size.get(a, 1) > 1)
+
+    def first_expert(self, num_local: int) -> Array | int:
+        """The first expert of this device."""
+        position: Array | int = 0
+        for axis in rules.mesh_axes("experts"):
+            if self.size.get(axis, 1) > 1:
+                position = position * self.size[axis] + jax.lax.axis_index(axis)
+        return position * num_local
+
+
+def _dropless(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
+    axes = _Axes(sizes)
+    for axis in axes.exchange:
+        x, index, weight = (jax.lax.all_gather(v, axis, axis=0, tiled=True) for v in (x, index, weight))
+    num_local, (active, d_model) = weights["up"][0].shape[0], (index.shape[-1], x.shape[-1])
+    expert_M = index.reshape(-1) - axes.first_expert(num_local)
+    mine_M = (expert_M >= 0) & (expert_M < num_local)
+    # Assignments to experts elsewhere sort behind all groups, where the product gives zeros.
+    expert_M = jnp.where(mine_M, expert_M, num_local)
+    order_M = jnp.argsort(expert_M, stable=True)
+    inverse_M = jnp.argsort(order_M)
+    group_sizes = jnp.bincount(expert_M, length=num_local + 1)[:num_local].astype(jnp.int32)
+    rows_MD = _gather(x.reshape(-1, d_model), order_M, inverse_M, active)
+
+    def project(name: str, rows: Array) -> Array:
+        kernel, bias = weights[name]
+        y = grouped(rows, kernel, group_sizes)
+        if bias is None:
+            return y
+        row_bias = bias.astype(y.dtype)[jnp.minimum(expert_M[order_M], num_local - 1)]
+        return y + _once(row_bias, axes.hidden if name == "down" else ())
+
+    gate = project("gate", rows_MD) if "gate" in weights else None
+    out_MD = project("down", activate(cfg.activation, project("up", rows_MD), gate))
+    share_MA = jnp.where(mine_M.reshape(-1, active), weight.reshape(-1, active), 0.0)
+    y = _combine(out_MD, order_M, inverse_M, share_MA.astype(x.dtype)).reshape(x.shape)
+    y = jax.lax.psum(y, axes.select + axes.hidden) if axes.select + axes.hidden else y
+    for axis in reversed(axes.exchange):
+        y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
+    return y
+
+
+def _once(bias: Array, axes: tuple[str, ...]) -> Array:
+    """`bias` on the first device along `axes` and zero on the others, so that a sum adds it once."""
+    for axis in axes:
+        bias = jnp.where(jax.lax.axis_index(axis) == 0, bias, 0)
+    return bias
+
+
+# The transpose of a gather is a scatter-add, slow on every backend. A permutation's transpose is
+# another gather, so both moves state their gradients.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather(x_ND: Array, order_M: Array, inverse_M: Array, active: int) -> Array:
+    """Row `m` of the result is the token of assignment `order[m]`; there are `active` a token."""
+    return x_ND[order_M // active]
+
+
+def _gather_forward(x_ND, order_M, inverse_M, active):
+    return _gather(x_ND, order_M, inverse_M, active), inverse_M
+
+
+def _gather_backward(active, inverse_M, g_MD):
+    return g_MD[inverse_M].reshape(-1, active, g_MD.shape[-1]).sum(1), None, None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _combine(rows_MD: Array, order_M: Array, inverse_M: Array, share_NA: Array) -> Array:
+    """`y[n] = sum_a share[n, a] * rows[inverse[n, a]]`."""
+    unsorted = _permute(rows_MD, inverse_M, order_M).reshape(*share_NA.shape, -1)
+    return jnp.einsum("NAD,NA->ND", unsorted, share_NA)
+
+
+@jax.custom_vjp
+def _permute(x_MD: Array, index_M: Array, inverse_M: Array) -> Array:
+    return x_MD[index_M]
+
+
+_permute.defvjp(
+    lambda x_MD, index_M, inverse_M: (x_MD[index_M], inverse_M),
+    lambda inverse_M, g_MD: (g_MD[inverse_M], None, None),
+)
+
+
+def _capacity(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
+    axes = _Axes(sizes)
+    batch, length, d_model = x.shape
+    size = capacity(cfg, length)
+    slot_BTA = slots(index, cfg.num_experts)
+    row = jnp.arange(batch)[:, None, None]
+    token_BTA = jnp.broadcast_to(jnp.arange(length)[None, :, None], index.shape)
+    # Slots past the capacity are outside the table, so the write drops them.
+    table_BEC = jnp.full((batch, cfg.num_experts, size), length, jnp.int32)
+    table_BEC = table_BEC.at[row, index, slot_BTA].set(token_BTA, mode="drop")
+    padded = jnp.concatenate([x, jnp.zeros((batch, 1, d_model), x.dtype)], axis=1)
+    sent_BECD = padded[row, table_BEC]
+    for axis in axes.exchange:
+        sent_BECD = jax.lax.all_to_all(sent_BECD, axis, split_axis=1, concat_axis=0, tiled=True)
+    num_local = weights["up"][0].shape[0]
+    first = _first_selected(axes, num_local)
+    if axes.select:
+        sent_BECD = jax.lax.dynamic_slice_in_dim(sent_BECD, first, num_local, axis=1)
+
+    def project(name: str, spec: str, rows: Array) -> Array:
+        kernel, bias = weights[name]
+        y = einsum(spec, rows, kernel)
+        if bias is None:
+            return y
+        return y + _once(bias.astype(y.dtype)[None, :, None], axes.hidden if name == "down" else ())
+
+    gate = project("gate", "BECD,EDF->BECF", sent_BECD) if "gate" in weights else None
+    hidden = activate(cfg.activation, project("up", "BECD,EDF->BECF", sent_BECD), gate)
+    back_BECD = project("down", "BECF,EFD->BECD", hidden)
+    back_BECD = jax.lax.psum(back_BECD, axes.hidden) if axes.hidden else back_BECD
+    for axis in axes.select:
+        back_BECD = jax.lax.all_gather(back_BECD, axis, axis=1, tiled=True)
+    for axis in reversed(axes.exchange):
+        back_BECD = jax.lax.all_to_all(back_BECD, axis, split_axis=0, concat_axis=1, tiled=True)
+    kept = jnp.where(slot_BTA < size, weight, 0.0).astype(x.dtype)
+    taken_BTAD = back_BECD[row, index, jnp.minimum(slot_BTA, size - 1)]
+    return jnp.einsum("BTAD,BTA->BTD", taken_BTAD, kept)
+
+
+def _first_selected(axes: _Axes, num_local: int) -> Array | int:
+    position: Array | int = 0
+    for axis in axes.select:
+        position = position * axes.size[axis] + jax.lax.axis_index(axis)
+    return position * num_local

@@ -1,0 +1,174 @@
+"""The one transformer, and the pure functions through which everything uses it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gptjax.nn import rope
+from gptjax.nn.attention import Context
+from gptjax.nn.block import scan_group, sum_aux
+from gptjax.nn.cache import KVCache
+from gptjax.nn.config import AttentionConfig, ModelConfig, RopeConfig
+from gptjax.nn.init import EMBEDDING_STD, declare, draw
+from gptjax.nn.linear import compute_dtype, einsum
+from gptjax.nn.norm import Norm
+from gptjax.parallel.mesh import platform
+from gptjax.parallel.rules import constrain
+from gptjax.types import Array, ModelOutput, Params
+
+
+def init(cfg: ModelConfig, rng: Array) -> Params:
+    """Initial float32 parameters, a nested dict."""
+    return draw(_abstract_boxed(cfg), rng)
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters; nothing is allocated."""
+    return nn.unbox(_abstract_boxed(cfg))
+
+
+@functools.lru_cache(maxsize=64)
+def param_axes(cfg: ModelConfig) -> Params:
+    """The logical axes of each parameter: a tree of tuples of names with the parameters' structure."""
+    return jax.tree.map(lambda box: tuple(box.names), _abstract_boxed(cfg), is_leaf=_is_box)
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    positions_BT: Array | None = None,
+    segment_ids_BT: Array | None = None,
+    cache: KVCache | None = None,
+) -> ModelOutput:
+    """Hidden states of every position, after the final norm.
+
+    Args:
+      tokens_BT: int32.
+      positions_BT: int32 positions within documents; None counts from 0 along each row. With a
+        cache they are required: absolute, and -1 where a row has no token.
+      segment_ids_BT: int32 documents of packed rows, which do not see each other; 0 is padding.
+      cache: from `nn.cache.init_cache` or a former call; prefill and decode are the same call.
+    """
+    if cache is not None and positions_BT is None:
+        raise ValueError("a cache needs positions_BT: the absolute position of every token")
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    module = Transformer(cfg)
+    return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
+
+
+def head_params(cfg: ModelConfig, params: Params) -> Array:
+    """The `[V, D]` kernel that maps hidden states to logits: the embedding where it is tied."""
+    return params["embed"]["tokens"] if cfg.tie_embeddings else params["head"]["kernel"]
+
+
+def head_logits(cfg: ModelConfig, head_VD: Array, hidden: Array) -> Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+    flat = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden.reshape(1, -1, hidden.shape[-1])
+    logits = einsum("BTD,VD->BTV", flat, head_VD).astype(jnp.float32)
+    logits = constrain(logits, "act_batch", "act_length", "act_vocab") if hidden.ndim == 3 else logits
+    if cfg.logit_softcap is not None:
+        logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
+    return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+
+def logits(cfg: ModelConfig, params: Params, hidden: Array) -> Array:
+    """Float32 logits `[..., V]` of hidden states `[..., D]`."""
+    return head_logits(cfg, head_params(cfg, params), hidden)
+
+
+class Transformer(nn.Module):
+    """Embedding, groups of layers, final norm. The output head is `head_logits`."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array | None, cache: KVCache | None
+    ) -> ModelOutput:
+        cfg = self.cfg
+        x_BTD = Embedding(cfg, name="embed")(tokens_BT, positions_BT)
+        ctx = _context(cfg, positions_BT, segment_ids_BT)
+        out_scale = (2 * cfg.num_layers) ** -0.5
+        caches, auxes = {}, {}
+        for i, group in enumerate(cfg.groups):
+            name = f"group_{i}"
+            layers = scan_group(group, out_scale=out_scale, remat=cfg.remat, name=name)
+            x_BTD, (caches[name], auxes[name]) = layers(x_BTD, None if cache is None else cache[name], ctx)
+        hidden_BTD = Norm(cfg.final_norm, name="final_norm")(x_BTD)
+        if not cfg.tie_embeddings:
+            Head(cfg, name="head")()
+        hidden_BTD = constrain(hidden_BTD, "act_batch", "act_length", "act_embed")
+        return ModelOutput(hidden_BTD=hidden_BTD, cache=None if cache is None else caches, aux=sum_aux(auxes))
+
+
+class Embedding(nn.Module):
+    """`tokens_BT -> x_BTD`, with learned positions where the model has them."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array, positions_BT: Array) -> Array:
+        cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype, platform())
+        table_VD = self.param("tokens", _table((cfg.vocab_size, cfg.d_model), "vocab"))
+        x_BTD = table_VD.astype(dtype)[tokens_BT]
+        if cfg.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, dtype)
+        if cfg.learned_positions:
+            position_SD = self.param("positions", _table((cfg.seq_len, cfg.d_model), None))
+            x_BTD = x_BTD + position_SD.astype(dtype)[positions_BT]
+        return constrain(x_BTD, "act_batch", "act_residual", "act_embed")
+
+
+class Head(nn.Module):
+    """Declares the kernel of an untied output head."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", _table((self.cfg.vocab_size, self.cfg.d_model), "vocab"))
+
+
+def _table(shape: tuple[int, int], axis: str | None) -> Callable[[Array], Any]:
+    return declare(shape, (axis, "embed"), std=EMBEDDING_STD)
+
+
+def _context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None) -> Context:
+    keys: dict[tuple[RopeConfig, int], None] = {}
+    for block in cfg.blocks:
+        attention = block.attention
+        head_dim = attention.head_dim if isinstance(attention, AttentionConfig) else attention.rope_head_dim
+        if attention.rope is not None:
+            keys[attention.rope, head_dim] = None
+    return Context(
+        positions_BT=positions_BT,
+        segment_ids_BT=segment_ids_BT,
+        rope_tables=tuple(rope.tables(*key, positions_BT) for key in keys),
+        rope_keys=tuple(keys),
+        causal=cfg.causal,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_boxed(cfg: ModelConfig) -> Any:
+    """The tree of `nn.init.Declared` boxes around shapes."""
+
+    def declared() -> Any:
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        return Transformer(cfg).init(jax.random.key(0), tokens, tokens, None, None)["params"]
+
+    return jax.eval_shape(declared)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.Partitioned)
