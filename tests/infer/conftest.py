@@ -1,0 +1,55 @@
+"""Tiny models for generation tests."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gptjax.nn import transformer
+from gptjax.nn.config import MLASpec, MoEConfig, ModelSpec
+
+TINY = ModelSpec(
+    vocab_size=67,
+    seq_len=64,
+    d_model=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=32,
+    activation="swiglu",
+    position="rope",
+    rope_theta=100.0,
+    tie_embeddings=False,
+    dtype="float32",
+    remat="none",
+)
+
+MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=16, activation="swiglu", shared_d_ff=8)
+
+VARIANTS = {
+    "gqa": {"qk_norm": True},
+    "mqa_partial_rope": {"num_kv_heads": 1, "rope_fraction": 0.5},
+    "window": {"window": 5, "global_every": 2},
+    "mla": {"mla": MLASpec(kv_latent=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=8)},
+    "learned": {"position": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "tie_embeddings": True},
+    "softcap_sinks": {"attn_softcap": 5.0, "attn_sinks": True, "logit_softcap": 4.0, "norm_placement": "sandwich"},
+    "moe": {"moe": MOE, "first_k_dense": 1},
+}
+
+
+def build(**changes):
+    """A tiny model with peaked predictions, so that greedy choices are no near-ties."""
+    cfg = dataclasses.replace(TINY, **changes).build()
+    params = jax.tree.map(lambda x: 3 * x, transformer.init(cfg, jax.random.key(0)))
+    return cfg, params
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request):
+    return build(**VARIANTS[request.param])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return build()
