@@ -33,6 +33,11 @@ class Declared(nn.Partitioned):
     std: float = flax.struct.field(default=0.0, pytree_node=False)
     constant: float = flax.struct.field(default=0.0, pytree_node=False)
 
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The value; Flax would read the logical names as mesh axes and, under a mesh, fail."""
+        del apply_constraint
+        return self.value
+
 
 def declare(
     shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, constant: float = 0.0
