@@ -21,8 +21,11 @@ class Hook:
     def before_step(self, step: int) -> None:
         """Called before `step` (from 1) is dispatched."""
 
+    def on_step(self, step: int, values: Values) -> None:
+        """Given the figures of every step, one step late."""
+
     def on_values(self, step: int, values: Values) -> None:
-        """Given the figures of a step, one step late, and those that other hooks return."""
+        """Given the figures that are to be shown: those of every nth step, and those that hooks return."""
 
     def wants_state(self, step: int) -> bool:
         """Whether `on_state` is to be called after `step`; it makes the loop wait for the device."""

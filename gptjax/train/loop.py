@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from gptjax.train.health import Health
 from gptjax.train.hooks import Hook
@@ -131,7 +132,6 @@ class _Report:
         self._pending: tuple[int, Metrics] | None = None
         self._loader_seconds = 0.0
         self._num_loads = 0
-        self._num_skipped = 0.0
 
     def take(self, batches: Iterator[Batch]) -> Batch | None:
         started = time.perf_counter()
@@ -170,11 +170,12 @@ class _Report:
             self._publish(step, hook.on_end(step, state, outcome))
 
     def _read(self, step: int, metrics: Metrics) -> None:
-        sums = jax.device_get(metrics)
-        values = {name: float(mean.value) for name, mean in sums.items() if mean.count}
+        values = _values(jax.device_get(metrics))
         self._health.check(step, values)
         self._throughput.step_done(values.get("tokens", 0.0))
-        self._num_skipped += values.pop("skipped", 0.0)
+        for hook in self._hooks:
+            hook.on_step(step, values)
+        values.pop("skipped", None)  # of this step alone; `skipped_steps` is the figure to log
         if step == 1 or step == self._num_steps or step % self._log_every == 0:
             values |= self._throughput.read()
             values["loader_wait_seconds"] = self._loader_seconds / max(self._num_loads, 1)
@@ -186,3 +187,15 @@ class _Report:
             self.values |= values
             for hook in self._hooks:
                 hook.on_values(step, values)
+
+
+def _values(metrics: Metrics) -> dict[str, float]:
+    """Scalars by name; an array of means becomes its extremes, a mean over nothing is left out."""
+    values: dict[str, float] = {}
+    for name, mean in metrics.items():
+        if np.ndim(mean.total):
+            means = mean.total / np.maximum(mean.count, 1.0)
+            values |= {f"{name}/min": float(means.min()), f"{name}/max": float(means.max())}
+        elif mean.count:
+            values[name] = float(mean.value)
+    return values

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +138,27 @@ def language_loss(
     return Loss(total + output.aux.get("loss", 0.0), weight, metrics)
 
 
-def router_metrics(aux: Mapping[str, Array], weight: Array) -> Metrics:
-    """Readable figures of the routers from `ModelOutput.aux`; empty for a dense model."""
-    return {}
+def router_metrics(aux: Mapping[str, Any], weight: Array) -> Metrics:
+    """Figures of the routers from `ModelOutput.aux`; empty for a dense model.
+
+    `router_loss`: all auxiliary losses, per target. `router_entropy`: nats, of a router's distribution
+    over experts, mean over tokens and layers. `router_dropped`: part of the assignments that
+    found their expert full. `router_load/<block>`: `[layers, E]`, an expert's share of the
+    assignments times E, so that 1 is an even load.
+    """
+    if not aux:
+        return {}
+    loads: Mapping[str, Array] = aux["load"]
+    num_assignments = sum(jnp.sum(load) for load in loads.values())
+    metrics = {
+        "router_loss": Mean(aux["loss"], weight),
+        "router_entropy": Mean(aux["router_entropy"], aux["tokens"]),
+        "router_dropped": Mean(aux["dropped"], num_assignments),
+    }
+    for block, load_LE in loads.items():
+        num_experts = load_LE.shape[-1]
+        metrics[f"router_load/{block}"] = Mean(load_LE * num_experts, jnp.sum(load_LE, axis=-1, keepdims=True))
+    return metrics
 
 
 def bidirectional(config: ModelConfig) -> ModelConfig:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.optim import guard
 from gptjax.parallel import rules
 from gptjax.train.state import TrainState, shardings_of
 from gptjax.types import Array, Batch, Mean, Metrics, Objective, Params
@@ -25,10 +26,13 @@ EvalFn = Callable[[Params, Any, Batch, Array], Metrics]
 
 
 class OptimizerLike(Protocol):
-    """What a step needs of `optim.build.Optimizer`."""
+    """What a step needs of `optim.build.Optimizer`; there is a guard somewhere in `tx`."""
 
-    tx: optax.GradientTransformation
-    schedule: Callable[[Array], Array]
+    @property
+    def tx(self) -> optax.GradientTransformation: ...
+
+    @property
+    def schedule(self) -> Callable[[Array], Array]: ...
 
 
 class _Sums(NamedTuple):
@@ -52,8 +56,9 @@ def train_step(
     """The function `(state, frozen, batch) -> (state, metrics)` of one optimizer step; not jitted.
 
     Microbatch `i` of step `k` draws from `fold_in(fold_in(key(seed), k), i)`. Metrics, besides the
-    objective's own: `learning_rate`, `tokens` (those of a document, padding aside) and the
-    2-norms `grad_norm`, `param_norm`, `update_norm`.
+    objective's own: `learning_rate`, `tokens` (those of a document, padding aside), the 2-norms
+    `grad_norm` (before clipping, of what is clipped), `param_norm` and `update_norm`, and from the
+    guard `skipped` (1 if this step changed nothing) and `skipped_steps` (so far).
 
     Args:
       param_shardings: pins the gradients to the parameters' layout, so that sharded parameters get
@@ -73,15 +78,19 @@ def train_step(
         grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums.grads)
         if param_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, param_shardings)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=sums.total / weight)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=sums.total / weight)
         params = optax.apply_updates(state.params, updates)
-        metrics = sums.metrics | {
-            "tokens": _single(sums.tokens),
-            "learning_rate": _single(optimizer.schedule(state.step)),
-            "grad_norm": _single(_norm(grads)),
-            "update_norm": _single(_norm(updates)),
-            "param_norm": _single(_norm(params)),
+        before, after = guard.stats(state.opt_state), guard.stats(opt_state)
+        figures = {
+            "tokens": sums.tokens,
+            "learning_rate": optimizer.schedule(state.step),
+            "grad_norm": after.grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "skipped": 1 - (after.applied - before.applied),
+            "skipped_steps": after.nonfinite + after.spikes,
         }
+        metrics = sums.metrics | {name: _single(value) for name, value in figures.items()}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return run
@@ -157,7 +166,3 @@ def _split(x_BT: Array, num: int) -> Array:
 
 def _single(value: Array) -> Mean:
     return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
-
-
-def _norm(tree: Any) -> Array:
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

@@ -84,6 +84,8 @@ class Throughput:
         self._since: float | None = None
         self._tokens = 0.0
         self._steps = 0
+        self._all_tokens = 0.0
+        self._all_seconds = 0.0
 
     def step_done(self, num_tokens: float) -> None:
         """Counts a step whose results have just arrived."""
@@ -104,8 +106,18 @@ class Throughput:
             return {}
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
-        rates = {"tokens_per_second": self._tokens / seconds, "step_seconds": seconds / self._steps}
+        rates = {"step_seconds": seconds / self._steps, **self._rates(self._tokens, seconds)}
+        self._all_tokens += self._tokens
+        self._all_seconds += seconds
+        self._since, self._tokens, self._steps = now, 0.0, 0
+        return rates
+
+    def overall(self) -> dict[str, float]:
+        """`tokens_per_second` and `mfu` over all that was ever read; empty when nothing was."""
+        return self._rates(self._all_tokens, self._all_seconds) if self._all_seconds else {}
+
+    def _rates(self, tokens: float, seconds: float) -> dict[str, float]:
+        rates = {"tokens_per_second": tokens / seconds}
         if self._peak is not None and self._flops_per_token is not None:
             rates["mfu"] = rates["tokens_per_second"] * self._flops_per_token / self._peak
-        self._since, self._tokens, self._steps = now, 0.0, 0
         return rates

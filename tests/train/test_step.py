@@ -36,7 +36,7 @@ def test_accumulation_equals_the_large_batch_when_microbatches_have_different_we
 
 
 def test_the_gradient_is_that_of_the_mean_over_targets():
-    optimizer = toy.ToyOptimizer(optax.sgd(1.0), optax.constant_schedule(1.0))
+    optimizer = toy.guarded(optax.sgd(1.0), 1.0)
     before = toy.new_state(optimizer.tx)
     batch = toy.batch()
 
@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_mean_over_targets():
 
 def test_a_batch_without_targets_changes_nothing():
     batch = dataclasses.replace(toy.batch(), loss_mask=np.zeros((8, 12), np.float32))
-    optimizer = toy.ToyOptimizer(optax.sgd(1.0), optax.constant_schedule(1.0))
+    optimizer = toy.guarded(optax.sgd(1.0), 1.0)
     before = toy.new_state(optimizer.tx)
     after, _ = jax.jit(step_lib.train_step(toy.objective, optimizer))(before, (), batch)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gptjax.optim import guard
 from gptjax.train.state import TrainState
 from gptjax.types import Batch, Loss, Mean
 
@@ -22,7 +23,11 @@ class ToyOptimizer(NamedTuple):
 
 
 def optimizer(learning_rate: float = 0.05) -> ToyOptimizer:
-    return ToyOptimizer(optax.adam(learning_rate), optax.constant_schedule(learning_rate))
+    return guarded(optax.adam(learning_rate), learning_rate)
+
+
+def guarded(tx: optax.GradientTransformation, learning_rate: float) -> ToyOptimizer:
+    return ToyOptimizer(guard.guard(tx, sigma=None), optax.constant_schedule(learning_rate))
 
 
 def init(rng):

@@ -1,0 +1,271 @@
+"""Pretraining, from a config and a directory to a summary.
+
+A workdir holds one run: `config.json`, `ckpt/`, `metrics.jsonl`, `tensorboard/`, `summary.json` and, if
+asked for, `profile/`. Started again with the same config, a run goes on from its newest
+checkpoint and computes what it would have computed without the interruption, to the last bit
+on as many devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import NamedSharding
+
+from gptjax import config as config_lib
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data import loader
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.nn import cost, transformer
+from gptjax.optim import ema
+from gptjax.parallel import hosts, rules
+from gptjax.parallel.mesh import make_mesh
+from gptjax.train import hooks as hooks_lib
+from gptjax.train import inventory, workdir
+from gptjax.train import setup as setup_lib
+from gptjax.train import state as state_lib
+from gptjax.train.evaluate import evaluator
+from gptjax.train.hooks import Hook, Values
+from gptjax.train.loop import FitResult, fit
+from gptjax.train.metrics import MetricsWriter, write_json
+from gptjax.train.setup import RunConfig, Setup, TrainConfig
+from gptjax.train.state import TrainState
+from gptjax.train.throughput import Throughput
+from gptjax.types import Batch
+
+__all__ = ["RunConfig", "TrainConfig", "run"]
+
+SUMMARY_FILE = "summary.json"
+
+
+def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
+    """Trains, or goes on training, in the workdir `path`; returns what its `summary.json` says.
+
+    Raises:
+      ValueError: for a config whose parts do not fit each other or the machine, a workdir of
+        another run, a checkpoint that cannot be read, unusable data, or training that diverges.
+    """
+    path = epath.Path(path)
+    tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
+    mesh = make_mesh(cfg.mesh)
+    with jax.set_mesh(mesh), rules.use(cfg.mesh.rules):
+        setup = setup_lib.make(cfg, mesh, tokenizer)
+        setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
+        workdir.claim(path, cfg)
+        _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))
+        _show("mesh", f"{dict(mesh.shape)} of {mesh.size} x {mesh.devices.flat[0].device_kind}")
+        _show("state", inventory.table(setup.shapes, setup.shardings))
+        with contextlib.closing(CheckpointStore(path, keep_last=cfg.train.keep_checkpoints)) as store:
+            return _train(cfg, path, setup, tokenizer, store)
+
+
+def _train(
+    cfg: RunConfig, path: epath.Path, setup: Setup, tokenizer: Tokenizer, store: CheckpointStore
+) -> dict[str, Any]:
+    meta = meta_lib.make(
+        setup.model,
+        run=config_lib.to_dict(cfg),
+        tokenizer=tokenizer.fingerprint,
+        lineage=[{"stage": "pretrain", "name": cfg.name, "seed": cfg.seed}],
+    )
+    account = Account()
+    latest = store.latest()
+    if latest is None:
+        state = state_lib.create(
+            lambda rng: transformer.init(setup.model, rng), setup.optimizer.tx, seed=cfg.seed, shardings=setup.shardings
+        )
+    else:
+        if latest >= cfg.train.num_steps and (path / SUMMARY_FILE).exists():
+            logging.info("%s: finished already, at step %d of %d.", path, latest, cfg.train.num_steps)
+            return json.loads((path / SUMMARY_FILE).read_text())
+        state = _restore(store, latest, setup, meta, account)
+        logging.info("Going on from step %d of %d.", latest, cfg.train.num_steps)
+    throughput = Throughput(
+        flops_per_token=cost.flops_per_token(setup.model, cfg.model.seq_len).train,
+        devices=list(jax.sharding.get_mesh().devices.flat),
+    )
+    result = fit(
+        setup.objective,
+        setup.optimizer,
+        state,
+        _train_batches(cfg, start_step=latest or 0),
+        num_steps=cfg.train.num_steps,
+        seed=cfg.seed,
+        accumulate_steps=cfg.train.accumulate_steps,
+        log_every=cfg.train.log_every,
+        hooks=_hooks(cfg, path, setup, tokenizer, store, meta, account, latest or 0),
+        throughput=throughput,
+    )
+    summary = _summary(cfg, setup, result, account, throughput)
+    if hosts.is_lead():
+        write_json(path / SUMMARY_FILE, summary)
+    return summary
+
+
+class Account(Hook):
+    """What a run has used since its beginning, over all its restarts."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._wall_before = 0.0
+        self._started = time.perf_counter()
+
+    def on_step(self, step: int, values: Values) -> None:
+        self.tokens += round(values["tokens"])
+
+    @property
+    def wall_seconds(self) -> float:
+        return self._wall_before + time.perf_counter() - self._started
+
+    def to_json(self) -> dict[str, float]:
+        return {"train_tokens": self.tokens, "wall_seconds": self.wall_seconds}
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        self.tokens, self._wall_before = data["train_tokens"], data["wall_seconds"]
+
+
+def _restore(store: CheckpointStore, step: int, setup: Setup, meta: Meta, account: Account) -> TrainState:
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        setup.shapes,
+        setup.shardings,
+    )
+    found = store.restore(
+        step, params=wanted.params, opt_state=wanted.opt_state, extra=wanted.extra, model=setup.model
+    )
+    if found.meta.tokenizer != meta.tokenizer:
+        raise ValueError(
+            f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, but data.tokenizer "
+            f"is {meta.tokenizer[:12]}; give the one that the run was started with"
+        )
+    account.restore(found.data)
+    step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), setup.shardings.step)
+    return TrainState(step=step_array, params=found.params, opt_state=found.opt_state, extra=found.extra)
+
+
+def _hooks(
+    cfg: RunConfig,
+    path: epath.Path,
+    setup: Setup,
+    tokenizer: Tokenizer,
+    store: CheckpointStore,
+    meta: Meta,
+    account: Account,
+    start_step: int,
+) -> list[Hook]:
+    """In the order in which they are called: figures of a step are on disk before its checkpoint is."""
+
+    def save(step: int, state: TrainState) -> None:
+        store.save(
+            step,
+            meta=meta,
+            params=state.params,
+            opt_state=state.opt_state,
+            extra=state.extra,
+            data=account.to_json(),
+            assets={tokenizer_lib.FILE_NAME: tokenizer.to_bytes()},
+        )
+
+    hooks: list[Hook] = [account]
+    if cfg.train.profile_steps is not None:
+        first, last = cfg.train.profile_steps
+        hooks.append(hooks_lib.Profiler(str(path / "profile"), first=first, last=last))
+    if cfg.data.eval is not None:
+        hooks.append(_evaluation(cfg, setup))
+    hooks.append(hooks_lib.Checkpoints(save, store.wait, every=cfg.train.checkpoint_every, last_step=start_step))
+    if hosts.is_lead():
+        hooks.append(MetricsWriter(path, start_step=start_step))
+        hooks.append(hooks_lib.ProgressLine(num_steps=cfg.train.num_steps))
+    return hooks
+
+
+def _evaluation(cfg: RunConfig, setup: Setup) -> Hook:
+    """Evaluates the parameters and, where the optimizer keeps one, their average."""
+    batches = loader.eval_batches(
+        cfg.data.eval,  # type: ignore[arg-type]
+        batch_size=cfg.data.batch_size,
+        seq_len=cfg.model.seq_len,
+        max_batches=cfg.train.eval_batches or None,
+        num_hosts=jax.process_count(),
+        host=jax.process_index(),
+    )
+    evaluate = evaluator(
+        setup.objective,
+        GlobalBatches(batches),
+        num_bytes=batches.num_bytes if cfg.train.objective == "next_token" else None,
+        seed=cfg.seed,
+    )
+
+    def values(state: TrainState) -> Values:
+        found = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
+        if cfg.optim.ema_decay:
+            average = ema.averaged_params(state.opt_state, state.params)
+            found |= {f"eval_ema/{name}": value for name, value in evaluate(average).items()}
+        return found
+
+    return hooks_lib.Evaluation(values, every=cfg.train.eval_every)
+
+
+class GlobalBatches:
+    """Batches of this host's rows as global arrays on the mesh in use; iterable as often as what it wraps."""
+
+    def __init__(self, host_batches: Iterable[Batch]) -> None:
+        self._host_batches = host_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        sharding: NamedSharding = rules.batch_sharding(jax.sharding.get_mesh())
+        for batch in self._host_batches:
+            yield hosts.to_global(batch, sharding)
+
+
+def _train_batches(cfg: RunConfig, *, start_step: int) -> Iterator[Batch]:
+    host_batches = loader.train_batches(
+        cfg.data,
+        seq_len=cfg.model.seq_len,
+        seed=cfg.seed,
+        start_step=start_step,
+        num_hosts=jax.process_count(),
+        host=jax.process_index(),
+    )
+    return iter(GlobalBatches(host_batches))
+
+
+def _summary(
+    cfg: RunConfig, setup: Setup, result: FitResult, account: Account, throughput: Throughput
+) -> dict[str, Any]:
+    return {
+        "name": cfg.name,
+        "outcome": result.outcome,
+        "step": result.step,
+        "num_params": inventory.num_params(setup.shapes.params),
+        **account.to_json(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **throughput.overall(),
+        **{name: value for name, value in result.values.items() if name in ("loss", "accuracy", "skipped_steps")},
+        **{name: value for name, value in result.values.items() if name.startswith("eval")},
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The most that was in use: on the fullest local accelerator or, on CPU, by this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _show(title: str, text: str) -> None:
+    if hosts.is_lead():
+        logging.info("%s\n%s", title, text)

@@ -1,0 +1,163 @@
+"""From a run's config to the parts of its training step, checked against each other; no memory is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from gptjax.data.loader import DataConfig
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.nn import transformer
+from gptjax.nn.config import ModelConfig, ModelSpec, MoEConfig
+from gptjax.optim import build
+from gptjax.optim.build import OptimConfig, Optimizer
+from gptjax.parallel import rules
+from gptjax.parallel.mesh import MeshConfig
+from gptjax.train import objective as objectives
+from gptjax.train import state as state_lib
+from gptjax.train.state import TrainState
+from gptjax.types import Objective
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, what for, and what to write on the way.
+
+    Attributes:
+      num_steps: optimizer steps of the whole run.
+      accumulate_steps: microbatches that a batch is computed in, one after the other.
+      z_loss: weight of the z-loss; see `train.objective`.
+      log_every: steps between lines of `metrics.jsonl`.
+      eval_every: steps between evaluations; 0 evaluates at the end only.
+      eval_batches: size of an evaluation, in batches; 0 takes the whole store.
+      checkpoint_every: steps between checkpoints; 0 saves at the end only.
+      keep_checkpoints: newest ones that are kept; 0 keeps all.
+      objective: `masked_lm` trains a bidirectional model to fill in hidden tokens.
+      profile_steps: first and last step of a profile; None records none.
+    """
+
+    num_steps: int
+    accumulate_steps: int
+    z_loss: float
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    objective: Literal["next_token", "masked_lm"] = "next_token"
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "accumulate_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("z_loss", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    Attributes:
+      name: for people.
+      seed: of the parameters, the order of the data and every random draw.
+    """
+
+    name: str
+    seed: int
+    model: ModelSpec
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    mesh: MeshConfig
+
+
+class Setup(NamedTuple):
+    """The parts of a training step; `shapes` and `shardings` are trees like the state."""
+
+    model: ModelConfig
+    objective: Objective
+    optimizer: Optimizer
+    shapes: TrainState
+    shardings: TrainState
+
+
+def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setup:
+    """The parts of `cfg`'s training step on `mesh`, under the partitioning rules in use.
+
+    Args:
+      tokenizer: `masked_lm` needs its mask token.
+
+    Raises:
+      ValueError: where sections of the config contradict each other, the mesh or the tokenizer.
+    """
+    check_batch(cfg, mesh)
+    model = cfg.model.build()
+    if cfg.train.objective == "masked_lm":
+        model = objectives.bidirectional(model)
+    params, axes = transformer.abstract_params(model), transformer.param_axes(model)
+    optimizer = build.build(
+        cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=_balance_rate(model)
+    )
+    shapes = state_lib.abstract_state(params, optimizer.tx)
+    shardings = rules.state_shardings(mesh, shapes, axes, params)
+    return Setup(model, _objective(cfg, model, tokenizer), optimizer, shapes, shardings)
+
+
+def check_batch(cfg: RunConfig, mesh: Mesh) -> None:
+    """Raises:
+    ValueError: when the batch cannot be shared out evenly.
+    """
+    parts, num = rules.axis_size(mesh, "act_batch"), cfg.train.accumulate_steps
+    if cfg.data.batch_size % (parts * num):
+        raise ValueError(
+            f"data.batch_size={cfg.data.batch_size}: expected a multiple of {parts * num}, for {parts} parts of the mesh "
+            f"{dict(mesh.shape)} that share a batch, times train.accumulate_steps={num}"
+        )
+    length_parts = rules.axis_size(mesh, "act_length")
+    if cfg.model.seq_len % length_parts:
+        raise ValueError(f"model.seq_len={cfg.model.seq_len}: expected a multiple of mesh.context={length_parts}")
+
+
+def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer, *, path: str) -> None:
+    """Raises:
+    ValueError: unless the model has the tokenizer's size, or that rounded up to a multiple of 128.
+    """
+    size = tokenizer.vocab_size
+    rounded = -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if model.vocab_size not in (size, rounded):
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer {path} has {size} pieces; "
+            f"expected {size}, or {rounded}, the next multiple of {VOCAB_MULTIPLE}"
+        )
+
+
+def _objective(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Objective:
+    if cfg.train.objective == "next_token":
+        return objectives.next_token(model, z_loss=cfg.train.z_loss)
+    if tokenizer is None or tokenizer.mask_id is None:
+        raise ValueError(
+            f"train.objective='masked_lm' needs a tokenizer with a mask token; {cfg.data.tokenizer} has none"
+        )
+    return objectives.masked_lm(
+        model,
+        mask_id=tokenizer.mask_id,
+        vocab_size=tokenizer.vocab_size,
+        special_ids=sorted(tokenizer.special_ids),
+        z_loss=cfg.train.z_loss,
+    )
+
+
+def _balance_rate(model: ModelConfig) -> float | None:
+    """The step of the balance biases; one for all, as the optimizer has one group for them."""
+    biased = [b.mlp for b in model.blocks if isinstance(b.mlp, MoEConfig) and b.mlp.balancing == "bias"]
+    rates = {moe.balance_rate for moe in biased}
+    if len(rates) > 1:
+        raise ValueError(f"balance_rate: expected the same in all layers that balance by bias, got {sorted(rates)}")
+    return rates.pop() if rates else None
