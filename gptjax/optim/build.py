@@ -118,9 +118,9 @@ def build(
     tx = guard.guard(
         inner,
         sigma=cfg.skip_sigma,
-        norm_fn=lambda grads: optax.global_norm(_clipped_leaves(grads, treatments)),
+        norm_fn=lambda grads: optax.tree.norm(_clipped_leaves(grads, treatments)),
         # Gradients of frozen parameters are not read, so that XLA need not compute them.
-        finite_fn=lambda grads: jnp.isfinite(optax.global_norm(_leaves(grads, lambda p: not treatments[p].freeze))),
+        finite_fn=lambda grads: jnp.isfinite(optax.tree.norm(_leaves(grads, lambda p: not treatments[p].freeze))),
     )
     if cfg.ema_decay:
         tx = ema.ema(tx, decay=cfg.ema_decay, averaged_fn=lambda path: not treatments[path].freeze)
@@ -133,7 +133,7 @@ def _clip(clip_norm: float | None, treatments: Mapping[str, Treatment]) -> optax
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if clip_norm is None:
             return grads
-        norm = optax.global_norm(_clipped_leaves(grads, treatments))
+        norm = optax.tree.norm(_clipped_leaves(grads, treatments))
         factor = clip_norm / jnp.maximum(norm, clip_norm)
         return _map_with_path(lambda path, g: g * factor if _is_clipped(treatments[path]) else g, grads)
 

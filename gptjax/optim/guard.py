@@ -63,8 +63,8 @@ def guard(
     inner: optax.GradientTransformation,
     *,
     sigma: float | None,
-    norm_fn: Callable[[Params], Array] = optax.global_norm,
-    finite_fn: Callable[[Params], Array] = lambda grads: jnp.isfinite(optax.global_norm(grads)),
+    norm_fn: Callable[[Params], Array] = optax.tree.norm,
+    finite_fn: Callable[[Params], Array] = lambda grads: jnp.isfinite(optax.tree.norm(grads)),
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner`, whose update gets `step` as an extra argument.
 
