@@ -6,6 +6,7 @@ Python, and is real: about 9 MB of code and English in 550 modules.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sysconfig
 
@@ -21,18 +22,21 @@ def modules() -> dict[str, pathlib.Path]:
       ValueError: if this Python came without its source.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    kept = {id: path for id, path in sorted(found.items()) if _is_library(id)}
-    if len(kept) < 100:
+    found: dict[str, pathlib.Path] = {}
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if name not in _LEFT_OUT and not _is_build_setting(name)]
+        paths = [
+            pathlib.Path(directory, name) for name in names if name.endswith(".py") and not _is_build_setting(name)
+        ]
+        found |= {path.relative_to(root).as_posix(): path for path in paths}
+    if len(found) < 100:
         raise ValueError(
-            f"{root}: expected the source of the Python standard library, found {len(kept)} modules; "
+            f"{root}: expected the source of the Python standard library, found {len(found)} modules; "
             "install the full Python package or name another source"
         )
-    return kept
+    return dict(sorted(found.items()))
 
 
-def _is_library(id: str) -> bool:
-    *directories, name = id.split("/")
-    # Build settings (`_sysconfigdata_*`, `config-*/`) are the machine's, not the library's.
-    is_build_setting = name.startswith("_sysconfigdata") or any(part.startswith("config-") for part in directories)
-    return _LEFT_OUT.isdisjoint(directories) and not is_build_setting
+def _is_build_setting(name: str) -> bool:
+    """Whether a file or directory describes the machine: `_sysconfigdata_*.py`, `config-3.11-*`."""
+    return name.startswith(("_sysconfigdata", "config-"))

@@ -185,37 +185,43 @@ def _best_fit(spans: _Spans, seq_len: int) -> SpanPlan:
     """Puts each span, the longest first, into the row with the least room that holds it.
 
     Spans of one length are placed together, so the work is one numpy operation per pair of
-    lengths that meet, not one per span.
+    length and room that meet, not one per span.
     """
     order = np.argsort(-spans.length, kind="stable")
     row_of = np.empty(len(order), np.int64)
-    rows_with_room: list[list[np.ndarray]] = [[] for _ in range(seq_len + 1)]
-    rooms: list[int] = []  # the rooms that some row has, sorted
+    rows_with_room: dict[int, np.ndarray] = {}
+    rooms: list[int] = []  # the keys above, sorted
     num_rows = 0
     lengths, firsts = np.unique(-spans.length[order], return_index=True)
     bounds = [*firsts.tolist(), len(order)]
     for length, begin, end in zip((-lengths).tolist(), bounds[:-1], bounds[1:], strict=True):
         while begin < end:
             at = bisect.bisect_left(rooms, length)
-            if at < len(rooms):
-                room = rooms[at]
-                rows = np.concatenate(rows_with_room[room])
-                taken, left = rows[: end - begin], rows[end - begin :]
-                rows_with_room[room] = [left] if len(left) else []
-                if not len(left):
-                    rooms.pop(at)
+            room = rooms.pop(at) if at < len(rooms) else seq_len
+            # Once a span is in, the same row has the least room that holds the next: it is filled first.
+            per_row = room // length
+            needed = -(-(end - begin) // per_row)
+            if room in rows_with_room:
+                rows = rows_with_room.pop(room)
             else:
-                # A row takes as many of this length as it can before another is opened.
-                room = seq_len
-                count = -(-(end - begin) // (seq_len // length))
-                taken = np.arange(num_rows, num_rows + count)
-                num_rows += count
+                rows, num_rows = np.arange(num_rows, num_rows + needed), num_rows + needed
+            taken = np.repeat(rows[:needed], per_row)[: end - begin]
             row_of[order[begin : begin + len(taken)]] = taken
             begin += len(taken)
-            if room > length:
-                if not rows_with_room[room - length]:
-                    bisect.insort(rooms, room - length)
-                rows_with_room[room - length].append(taken)
+            in_last = len(taken) - (min(needed, len(rows)) - 1) * per_row
+            _give_back(rows_with_room, rooms, rows[: needed - 1], room - per_row * length)
+            _give_back(rows_with_room, rooms, rows[needed - 1 : needed], room - in_last * length)
+            _give_back(rows_with_room, rooms, rows[needed:], room)
     by_row = np.argsort(row_of, kind="stable")
     row_starts = np.searchsorted(row_of[by_row], np.arange(num_rows + 1))
     return SpanPlan(_Spans(*(column[by_row] for column in spans)), row_starts, seq_len)
+
+
+def _give_back(rows_with_room: dict[int, np.ndarray], rooms: list[int], rows: np.ndarray, room: int) -> None:
+    if not len(rows) or not room:
+        return
+    if room in rows_with_room:
+        rows_with_room[room] = np.concatenate([rows_with_room[room], rows])
+    else:
+        rows_with_room[room] = rows
+        bisect.insort(rooms, room)

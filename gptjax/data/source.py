@@ -25,10 +25,16 @@ import hashlib
 import io
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple
+
+import zstandard
 
 from gptjax.data import corpus
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Part = Literal["train", "eval"]
 
@@ -197,7 +203,7 @@ def _read_jsonl(id: str, path: pathlib.Path) -> Iterator[Document]:
                     yield Document(f"{id}:{number}", _text_of(json.loads(line.decode()), f"{path}:{number}"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}:{number}: expected one JSON object in UTF-8 per line: {error}") from error
-        except (EOFError, OSError, _zstd_error()) as error:
+        except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
             raise ValueError(f"{path}: damaged after line {number}: {error}") from error
 
 
@@ -209,19 +215,42 @@ def _open_compressed(path: pathlib.Path, stack: contextlib.ExitStack) -> IO[byte
     if head[:2] == b"\x1f\x8b":
         return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type, return-value]
     if head == b"\x28\xb5\x2f\xfd":
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return stack.enter_context(io.BufferedReader(reader))  # type: ignore[return-value, type-var]
+        return stack.enter_context(io.BufferedReader(_ZstdReader(raw)))
     return raw
 
 
-def _zstd_error() -> type[Exception]:
-    try:
-        import zstandard
-    except ImportError:
-        return EOFError
-    return zstandard.ZstdError
+class _ZstdReader(io.RawIOBase):
+    """Decompresses any number of frames, and raises where zstandard's own reader takes a cut for the end."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw = raw
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame = self._decompressor.decompressobj()
+        self._compressed = self._text = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer).cast("B")
+        while not self._text and self._feed():
+            pass
+        size = min(len(view), len(self._text))
+        view[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _feed(self) -> bool:
+        """Decompresses some more; False at the end."""
+        compressed = self._compressed or self._raw.read(1 << 16)
+        if self._frame.eof:
+            if not compressed:
+                return False
+            self._frame = self._decompressor.decompressobj()
+        elif not compressed:
+            raise EOFError("the file ends within a zstd frame")
+        self._text = self._frame.decompress(compressed)
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
+        return True
 
 
 def _text_of(record: object, where: str) -> str:

@@ -158,9 +158,7 @@ def from_bytes(serialized: bytes) -> Tokenizer:
     raise ValueError(f"not a tokenizer: expected kind bytes or characters, got keys {sorted(description)}")
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 28, num_threads: int | None = None
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 28) -> Tokenizer:
     """Learns byte-pair merges with SentencePiece, set up for source code as much as for prose.
 
     Pieces may hold line ends and runs of blanks (eight spaces) and symbols beside letters (`self.`);
@@ -194,7 +192,8 @@ def train_bpe(
             eos_id=2,
             unk_id=3,
             control_symbols=["<mask>"],
-            num_threads=num_threads or available_cores(),
+            # The model records it: a number that depends on the machine would change the fingerprint.
+            num_threads=8,
             minloglevel=2,
         )
     except RuntimeError as error:
