@@ -1,8 +1,8 @@
 """The keys of every config, with the values that most runs keep, and the parts that configs are composed of.
 
 A config file is a function `get_config()` that starts from `base.get_config()` and replaces what it
-is about. Every key can then be set on the command line: `--config.train.num_steps=10`. The keys
-are fields of `gptjax.train.run.RunConfig` and the dataclasses in it, which document them; a key that
+is about. Keys can then be set on the command line, `--config.train.num_steps=10`, and the directory of
+the data after a colon: `--config=configs/llama_8b.py:gs://bucket/web`. The keys are fields of `gptjax.train.run.RunConfig` and the dataclasses in it, which document them; a key that
 they do not have is refused.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/stdlib") -> ConfigDict:
     """A small Llama-like model on one host; every section complete."""
     config = ConfigDict({"name": "base", "seed": 0})
     config.model = llama(
         vocab_size=4096, seq_len=256, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=768,
         tie_embeddings=True,
     )  # fmt: skip
-    config.data = data("data/stdlib", batch_size=32)
+    config.data = data(data_dir, batch_size=32)
     config.optim = adamw(learning_rate=1e-3, warmup_steps=100)
     config.train = ConfigDict(dict(num_steps=1000, accumulate_steps=1, z_loss=0.0, log_every=10, eval_every=500,
                                    eval_batches=16, checkpoint_every=500, keep_checkpoints=2))  # fmt: skip
@@ -71,8 +71,8 @@ def moe(*, num_experts: int, num_experts_per_token: int, d_ff: int, **rest: Any)
     """The `moe` key of a `ModelSpec`: SwiGLU experts chosen by softmax, none dropped, kept in balance by a loss."""
     return ConfigDict(
         dict(
-            kind="moe", num_experts=num_experts, num_experts_per_token=num_experts_per_token, d_ff=d_ff,
-            activation="swiglu", balancing="aux_loss", balance_rate=0.01, z_loss=0.001,
+            num_experts=num_experts, num_experts_per_token=num_experts_per_token, d_ff=d_ff, activation="swiglu",
+            balance_rate=0.01, z_loss=0.001,
         )
         | rest
     )  # fmt: skip
@@ -82,9 +82,11 @@ def data(directory: str, *, batch_size: int) -> ConfigDict:
     """The `data` section over what `experiments.prepare_data --out=directory` wrote."""
     return ConfigDict(
         dict(
-            train={f"{directory}/train": 1.0}, eval=f"{directory}/eval", tokenizer=f"{directory}/tokenizer.model",
-            batch_size=batch_size, packing="split", prefetch=4,
-        )
+            train={f"{directory}/train": 1.0}, eval=f"{directory}/eval", tokenizer=directory, batch_size=batch_size,
+            packing="concat",
+        ),
+        # A path, such as gs://bucket/v1.5/train, may have dots; a mixture's weights are set in a file, not by flags.
+        allow_dotted_keys=True,
     )  # fmt: skip
 
 

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "runs/demo/data") -> ConfigDict:
     config = base.get_config()
     config.name = "demo"
     config.model = base.llama(
         vocab_size=4096, seq_len=512, d_model=256, num_layers=6, num_heads=4, num_kv_heads=4, d_ff=704,
         tie_embeddings=True, rope_theta=10_000.0,
     )  # fmt: skip
-    config.data = base.data("runs/demo/data", batch_size=8)
+    config.data = base.data(data_dir, batch_size=8)
     config.optim = base.muon(learning_rate=0.01, warmup_steps=20)
     config.train.num_steps = 400
     config.train.checkpoint_every = 100

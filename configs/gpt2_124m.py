@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/openwebtext") -> ConfigDict:
     config = base.get_config()
     config.name = "gpt2_124m"
     config.model = base.gpt2(vocab_size=50_257, seq_len=1024, d_model=768, num_layers=12, num_heads=12)
-    config.data = base.data("data/openwebtext", batch_size=480)
+    config.data = base.data(data_dir, batch_size=480)
     config.optim = base.adamw(learning_rate=6e-4, warmup_steps=2000)
     config.train.num_steps = 600_000
     config.train.checkpoint_every = 2000

@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/web") -> ConfigDict:
     config = base.get_config()
     config.name = "gpt4_1t8_moe"
     config.model = base.llama(
         vocab_size=100_352, seq_len=8192, d_model=12_288, num_layers=120, num_heads=96, num_kv_heads=8, d_ff=24_576,
         remat="full", moe=base.moe(num_experts=16, num_experts_per_token=2, d_ff=24_576),
     )  # fmt: skip
-    config.data = base.data("data/web", batch_size=4096)
+    config.data = base.data(data_dir, batch_size=4096)
     config.optim = base.adamw(learning_rate=6e-5, warmup_steps=4000, name="adafactor", b1=0.0, b2=0.99)
     config.train.num_steps = 400_000
     config.train.checkpoint_every = 500

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/web") -> ConfigDict:
     config = base.get_config()
     config.name = "llama_1b"
     config.model = base.llama(
         vocab_size=128_256, seq_len=8192, d_model=2048, num_layers=16, num_heads=32, num_kv_heads=8, d_ff=8192,
         tie_embeddings=True, remat="dots",
     )  # fmt: skip
-    config.data = base.data("data/web", batch_size=128)
+    config.data = base.data(data_dir, batch_size=128)
     config.optim = base.adamw(learning_rate=1e-3, warmup_steps=1000)
     config.train.num_steps = 35_000
     config.train.checkpoint_every = 1000

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from configs import base, llama_8b
 
 
-def get_config() -> ConfigDict:
-    config = llama_8b.get_config()
+def get_config(data_dir: str = "data/web") -> ConfigDict:
+    config = llama_8b.get_config(data_dir)
     config.name = "llama_70b"
     config.model = base.llama(
         vocab_size=128_256, seq_len=8192, d_model=8192, num_layers=80, num_heads=64, num_kv_heads=8, d_ff=28_672,

@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/web") -> ConfigDict:
     config = base.get_config()
     config.name = "moe_8x7b"
     config.model = base.llama(
         vocab_size=32_000, seq_len=8192, d_model=4096, num_layers=32, num_heads=32, num_kv_heads=8, d_ff=14_336,
         rope_theta=1e6, remat="full", moe=base.moe(num_experts=8, num_experts_per_token=2, d_ff=14_336),
     )  # fmt: skip
-    config.data = base.data("data/web", batch_size=1024)
+    config.data = base.data(data_dir, batch_size=1024)
     config.optim = base.adamw(learning_rate=3e-4, warmup_steps=2000)
     config.train.num_steps = 120_000
     config.train.checkpoint_every = 1000

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def get_config() -> ConfigDict:
+def get_config(data_dir: str = "data/shakespeare_char") -> ConfigDict:
     config = base.get_config()
     config.name = "shakespeare_char"
     config.model = base.gpt2(vocab_size=65, seq_len=64, d_model=128, num_layers=4, num_heads=4, bias=False)
-    config.data = base.data("data/shakespeare_char", batch_size=12)
+    config.data = base.data(data_dir, batch_size=12)
     config.optim = base.adamw(learning_rate=1e-3, warmup_steps=100, b2=0.99)
     config.train.num_steps = 2000
     config.train.eval_every = 500

@@ -63,7 +63,7 @@ class CheckpointStore:
 
     def __init__(self, workdir: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0, keep_best: int = 0) -> None:
         _quiet_orbax()
-        self.directory = epath.Path(workdir) / DIRECTORY
+        self.directory = _absolute(workdir) / DIRECTORY
         self._keep = (keep_last, keep_every, keep_best)
         if _is_lead():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       ValueError: if there is none.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     if path.name.isdigit() or (path / "meta").exists() or (path / "params").exists():
         _require_committed(path)
         return path
@@ -321,6 +321,11 @@ def _unreadable(path: epath.Path, item: str) -> Iterator[None]:
             "It was left as it is; restore the files from a copy, or move the directory away"
             + (f" to go on from step {others[-1]}." if others else ".")
         ) from error
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants local paths; `absolute` would spoil one with a scheme."""
+    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
 
 
 def _require_committed(path: epath.Path) -> None:

@@ -1,0 +1,102 @@
+"""How to train, in transformers' words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gptjax import config as config_lib
+from gptjax.optim.build import OptimConfig
+from gptjax.optim.schedule import Shape
+
+_SCHEDULES: dict[str, Shape] = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "inverse_sqrt": "rsqrt",
+    "warmup_stable_decay": "wsd",
+}
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """The arguments of transformers' class of this name that have a meaning here; others are refused.
+
+    Attributes:
+      output_dir: gets checkpoints, `metrics.jsonl` and TensorBoard's files.
+      per_device_train_batch_size: rows of one device in one microbatch.
+      gradient_accumulation_steps: microbatches a step.
+      num_train_epochs: passes over the training set; the last step has what is left of it.
+      max_steps: optimizer steps; above 0 it overrides `num_train_epochs`.
+      warmup_steps: steps until `learning_rate` is reached.
+      lr_scheduler_type: what follows: linear, cosine, constant (or constant_with_warmup), inverse_sqrt,
+        warmup_stable_decay; see `optim.schedule`.
+      optim: adamw, adafactor, lion or muon.
+      max_grad_norm: gradients are scaled down to it; 0 leaves them as they are.
+      logging_steps, save_steps: steps between; `save_steps=0` saves at the end only.
+      eval_steps: steps between evaluations while training; None evaluates on `evaluate()` only.
+      save_total_limit: newest checkpoints that stay; None keeps all.
+    """
+
+    output_dir: str
+    _: dataclasses.KW_ONLY
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    optim: str = "adamw"
+    logging_steps: int = 500
+    eval_steps: int | None = None
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.optimizer()
+        at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*at_least_one, "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs={self.num_train_epochs}, max_steps={self.max_steps}: one must be above 0"
+            )
+
+    def num_rows(self, dataset_size: int) -> int | None:
+        """Rows of all epochs together; None where `max_steps` counts instead."""
+        return None if self.max_steps > 0 else math.ceil(self.num_train_epochs * dataset_size)
+
+    def optimizer(self) -> OptimConfig:
+        """The same in gptjax's words.
+
+        Raises:
+          ValueError: for a value of the wrong type or outside its range.
+        """
+        if self.lr_scheduler_type not in _SCHEDULES:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: expected one of {', '.join(_SCHEDULES)}")
+        values = dict(
+            name=self.optim,
+            learning_rate=self.learning_rate,
+            schedule=_SCHEDULES[self.lr_scheduler_type],
+            warmup_steps=self.warmup_steps,
+            final_lr_scale=0.0,
+            weight_decay=self.weight_decay,
+            clip_norm=self.max_grad_norm or None,
+            b1=self.adam_beta1,
+            b2=self.adam_beta2,
+        )
+        return config_lib.from_dict(OptimConfig, values, path="TrainingArguments")
+
+    def to_dict(self) -> dict[str, Any]:
+        return config_lib.to_dict(self)

@@ -1,0 +1,161 @@
+"""A model with its parameters, under transformers' names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config as config_lib
+from gptjax.api import presets
+from gptjax.api.text import GPT4Tokenizer
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint import store
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.infer import generate
+from gptjax.infer.sampling import SamplingConfig
+from gptjax.kernels import cross_entropy
+from gptjax.nn import transformer
+from gptjax.nn.config import ModelConfig, ModelSpec
+from gptjax.types import Array, Params
+
+IGNORED_LABEL = -100
+
+
+class LMOutput(NamedTuple):
+    """`loss` is the mean over labels, None where none were given; `logits` are float32 `[B, T, V]`."""
+
+    loss: Array | None
+    logits: Array
+
+
+class GPT4LMHeadModel:
+    """A language model: `config` and `params` as in all of gptjax, `tokenizer` where it is known."""
+
+    def __init__(self, config: ModelConfig, params: Params, *, tokenizer: GPT4Tokenizer | None = None) -> None:
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_config(cls, config: str | ModelSpec | ModelConfig, *, seed: int = 0, **changes: Any) -> GPT4LMHeadModel:
+        """A model with random parameters.
+
+        Args:
+          config: a preset's name, or a config.
+          seed: of the parameters.
+          changes: of the preset's or spec's fields, such as `vocab_size=len(tokenizer)`.
+
+        Raises:
+          ValueError: for an unknown preset, or sizes that do not fit each other.
+        """
+        if isinstance(config, str):
+            if config not in presets.PRESETS:
+                raise ValueError(f"{config!r}: no such preset; there are {', '.join(presets.PRESETS)}")
+            config = presets.PRESETS[config]
+        config = dataclasses.replace(config, **changes)
+        model = config.build() if isinstance(config, ModelSpec) else config
+        return cls(model, jax.jit(functools.partial(transformer.init, model))(jax.random.key(seed)))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> GPT4LMHeadModel:
+        """Reads a checkpoint: its directory, or a workdir, whose newest one is taken.
+
+        Raises:
+          ValueError: if there is none or it cannot be read, and for a preset, which has no weights.
+        """
+        if presets.is_preset(path):
+            presets.refuse_weights(os.fspath(path))
+        meta, params = store.restore_params(path)
+        tokenizer = GPT4Tokenizer.from_pretrained(path) if meta.tokenizer else None
+        return cls(meta.model, params, tokenizer=tokenizer)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint, with the tokenizer where there is one, as step 0 of a new workdir.
+
+        Raises:
+          ValueError: if the directory holds a checkpoint already, or writing fails.
+        """
+        writer = store.CheckpointStore(directory)
+        try:
+            if writer.steps():
+                raise ValueError(f"{directory}: holds a checkpoint already, which is not overwritten; choose another")
+            inner = self.tokenizer.inner if self.tokenizer else None
+            meta = meta_lib.make(
+                self.config, tokenizer=inner.fingerprint if inner else "", lineage=({"stage": "save_pretrained"},)
+            )
+            assets = {tokenizer_lib.FILE_NAME: inner.to_bytes()} if inner else {}
+            writer.save(0, meta=meta, params=self.params, assets=assets)
+        finally:
+            writer.close()
+
+    def __call__(self, input_ids: Any, *, attention_mask: Any = None, labels: Any = None) -> LMOutput:
+        """Logits of every position and, given labels, the loss.
+
+        Args:
+          input_ids: `[B, T]` or `[T]`.
+          attention_mask: the same shape; 0 marks padding, which is to be on the right.
+          labels: the same shape; -100 is left out. A causal model predicts each from the positions
+            before it, as transformers does, so `labels=input_ids` is its language-modelling loss.
+        """
+        tokens_BT = _rows(input_ids)
+        mask_BT = jnp.ones_like(tokens_BT) if attention_mask is None else _rows(attention_mask)
+        logits_BTV = _logits(self.config, self.params, tokens_BT, mask_BT)
+        if labels is None:
+            return LMOutput(None, logits_BTV)
+        shift = 1 if self.config.causal else 0
+        loss = _mean_loss(logits_BTV[:, : tokens_BT.shape[1] - shift], _rows(labels)[:, shift:])
+        return LMOutput(loss, logits_BTV)
+
+    def generate(self, input_ids: Any, *, max_new_tokens: int, seed: int = 0, **sampling: float) -> list[list[int]]:
+        """Prompts and what the model writes after them, as token ids.
+
+        Args:
+          input_ids: one prompt or several, which may differ in length.
+          max_new_tokens: a completion ends after so many, or with the tokenizer's end token.
+          seed: of the draws.
+          sampling: fields of `infer.sampling.SamplingConfig`, such as `temperature=0.8`; greedy without any.
+        """
+        prompts = _prompts(input_ids)
+        eos_id = self.tokenizer.eos_token_id if self.tokenizer else None
+        config = generate.GenerateConfig(
+            max_new_tokens=max_new_tokens,
+            sampling=config_lib.from_dict(SamplingConfig, sampling, path="generate"),
+            eos_ids=() if eos_id is None else (eos_id,),
+            seed=seed,
+        )
+        completions = generate.generate(self.config, self.params, prompts=prompts, config=config)
+        return [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
+    output = transformer.forward(config, params, tokens_BT, segment_ids_BT=mask_BT)
+    return transformer.logits(config, params, output.hidden_BTD)
+
+
+@jax.jit
+def _mean_loss(logits_BTV: Array, labels_BT: Array) -> Array:
+    counted = labels_BT != IGNORED_LABEL
+    nll = cross_entropy.softmax_nll(logits_BTV, jnp.where(counted, labels_BT, 0)).nll
+    return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def _rows(ids: Any) -> Array:
+    return jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
+
+
+def _prompts(input_ids: Any) -> list[list[int]]:
+    if isinstance(input_ids, Sequence) and input_ids and not np.isscalar(input_ids[0]):
+        return [np.asarray(prompt, np.int32).tolist() for prompt in input_ids]
+    return np.atleast_2d(np.asarray(input_ids, np.int32)).tolist()

@@ -1,0 +1,212 @@
+"""transformers' Trainer over `train.loop.fit`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax.api.arguments import TrainingArguments
+from gptjax.api.model import GPT4LMHeadModel
+from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data import mixture
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.nn import transformer
+from gptjax.optim import build
+from gptjax.parallel import hosts, rules
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.train import hooks, loop, setup, step
+from gptjax.train import state as state_lib
+from gptjax.train.metrics import MetricsWriter
+from gptjax.train.state import TrainState
+from gptjax.types import Batch, Params
+
+_ALL_DEVICES = MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
+
+
+class TrainOutput(NamedTuple):
+    """What `Trainer.train` returns; `metrics` are the newest figures by name."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """Trains a model on all of this machine's devices, each with its part of every batch.
+
+    Args:
+      model: its parameters are replaced by the trained ones when `train` returns.
+      data_collator: decides the objective; causal language modelling unless given.
+      train_dataset, eval_dataset: sequences of token ids or of mappings with `input_ids`.
+      tokenizer: saved with every checkpoint; the collator's unless given.
+    """
+
+    def __init__(
+        self,
+        model: GPT4LMHeadModel,
+        args: TrainingArguments,
+        *,
+        data_collator: DataCollatorForLanguageModeling | None = None,
+        train_dataset: Sequence[Any] | None = None,
+        eval_dataset: Sequence[Any] | None = None,
+        tokenizer: GPT4Tokenizer | None = None,
+    ) -> None:
+        tokenizer = tokenizer or (data_collator.tokenizer if data_collator else None)
+        if tokenizer is None:
+            raise ValueError("Trainer: give a tokenizer, or a data_collator that has one")
+        self.model, self.args, self.tokenizer = model, args, tokenizer
+        self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        model.tokenizer = tokenizer
+        model.config = self.data_collator.model_config(model.config)
+        setup.check_tokenizer(model.config, tokenizer.inner, path="given to the Trainer")
+
+    def train(self, *, resume_from_checkpoint: bool = False) -> TrainOutput:
+        """Trains to the end of the epochs or steps asked for; checkpoints go to `output_dir`.
+
+        Args:
+          resume_from_checkpoint: goes on from the newest checkpoint in `output_dir`.
+
+        Raises:
+          ValueError: if there is no data, `output_dir` has a run that is not to be resumed, or training diverges.
+        """
+        args, dataset = self.args, _required(self.train_dataset, "train_dataset")
+        num_rows = args.num_rows(len(dataset))
+        with self._mesh() as mesh, contextlib.closing(self._store(resume_from_checkpoint)) as store:
+            batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size
+            num_steps = args.max_steps if num_rows is None else math.ceil(num_rows / batch_size)
+            optimizer, state = self._start(mesh, store, num_steps)
+            start_step = int(state.step)
+            result = loop.fit(
+                self.data_collator.objective(self.model.config),
+                optimizer,
+                state,
+                self._train_batches(mesh, dataset, batch_size=batch_size, num_rows=num_rows, start_step=start_step),
+                num_steps=num_steps,
+                seed=args.seed,
+                accumulate_steps=args.gradient_accumulation_steps,
+                log_every=args.logging_steps,
+                hooks=self._hooks(store, num_steps=num_steps, start_step=start_step),
+            )
+        self.model.params = result.state.params
+        return TrainOutput(result.step, result.values.get("loss", math.nan), dict(result.values))
+
+    def evaluate(self, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
+        """`eval_loss` (nats per target), `eval_perplexity` and `eval_accuracy` over every target of the set."""
+        with self._mesh() as mesh:
+            return self._evaluate(jax.device_put(self.model.params, rules.replicated(mesh)), eval_dataset)
+
+    def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
+        """Writes model and tokenizer for `from_pretrained`; to `output_dir/model` unless told."""
+        self.model.save_pretrained(output_dir or os.path.join(self.args.output_dir, "model"))
+
+    def _evaluate(self, params: Params, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
+        dataset = _required(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
+        mesh = jax.sharding.get_mesh()
+        evaluate = jax.jit(step.eval_step(self.data_collator.objective(self.model.config)))
+        size, length = self.args.per_device_eval_batch_size * mesh.size, self._row_length(dataset)
+        sums: Any = None
+        for start in range(0, len(dataset), size):
+            rows = [dataset[i] if i < len(dataset) else () for i in range(start, start + size)]
+            batch = self._to_devices(mesh, rows, length)
+            # The tokens that a masked model must fill in are the same at every evaluation.
+            metrics = evaluate(params, (), batch, jax.random.fold_in(jax.random.key(self.args.seed), start))
+            sums = metrics if sums is None else {name: sums[name] + mean for name, mean in metrics.items()}
+        loss = float(sums["loss"].value)
+        figures = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        return figures | {"eval_accuracy": float(sums["accuracy"].value)}
+
+    @contextlib.contextmanager
+    def _mesh(self) -> Iterator[Mesh]:
+        mesh = make_mesh(_ALL_DEVICES)
+        with jax.set_mesh(mesh), rules.use(_ALL_DEVICES.rules):
+            yield mesh
+
+    def _store(self, resume: bool) -> CheckpointStore:
+        store = CheckpointStore(self.args.output_dir, keep_last=self.args.save_total_limit or 0)
+        newest = store.latest()
+        if newest is None or resume:
+            return store
+        store.close()
+        raise ValueError(
+            f"{self.args.output_dir} holds a run with checkpoints up to step {newest}: go on with "
+            f"train(resume_from_checkpoint=True), or choose another output_dir"
+        )
+
+    def _start(self, mesh: Mesh, store: CheckpointStore, num_steps: int) -> tuple[build.Optimizer, TrainState]:
+        config = self.model.config
+        shapes, axes = transformer.abstract_params(config), transformer.param_axes(config)
+        optimizer = build.build(
+            self.args.optimizer(), shapes, axes, num_steps=num_steps, balance_rate=setup._balance_rate(config)
+        )
+        abstract = state_lib.abstract_state(shapes, optimizer.tx)
+        shardings = rules.state_shardings(mesh, abstract, axes, shapes)
+        newest = store.latest()
+        if newest is None:
+            # A copy: the loop takes over the buffers of its state, and these are the user's.
+            params = jax.device_put(self.model.params, shardings.params, may_alias=False)
+            return optimizer, state_lib.from_params(params, optimizer.tx, shardings=shardings)
+        wanted = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        found = store.restore(newest, params=wanted.params, opt_state=wanted.opt_state, model=config)
+        count = jax.device_put(jax.numpy.asarray(newest, jax.numpy.int32), shardings.step)
+        return optimizer, TrainState(step=count, params=found.params, opt_state=found.opt_state, extra={})
+
+    def _hooks(self, store: CheckpointStore, *, num_steps: int, start_step: int) -> list[hooks.Hook]:
+        args = self.args
+        meta = meta_lib.make(self.model.config, run=args.to_dict(), tokenizer=self.tokenizer.inner.fingerprint)
+        assets = {tokenizer_lib.FILE_NAME: self.tokenizer.inner.to_bytes()}
+
+        def save(step: int, state: TrainState) -> None:
+            store.save(step, meta=meta, params=state.params, opt_state=state.opt_state, assets=assets)
+
+        chosen: list[hooks.Hook] = [
+            hooks.ProgressLine(num_steps=num_steps), MetricsWriter(args.output_dir, start_step=start_step)
+        ]  # fmt: skip
+        if args.eval_steps is not None and self.eval_dataset is not None:
+            chosen.append(hooks.Evaluation(lambda state: self._evaluate(state.params), every=args.eval_steps))
+        return [*chosen, hooks.Checkpoints(save, store.wait, every=args.save_steps, last_step=start_step)]
+
+    def _train_batches(
+        self, mesh: Mesh, dataset: Sequence[Any], *, batch_size: int, num_rows: int | None, start_step: int
+    ) -> Iterator[Batch]:
+        """Endless shuffled epochs; rows from `num_rows` on are padding."""
+        length = self._row_length(dataset)
+        row = start_step * batch_size
+        while True:
+            wanted = range(row, row + batch_size)
+            rows = [self._example(dataset, i) if num_rows is None or i < num_rows else () for i in wanted]
+            yield self._to_devices(mesh, rows, length)
+            row += batch_size
+
+    def _example(self, dataset: Sequence[Any], row: int) -> Any:
+        epoch, index = divmod(row, len(dataset))
+        return dataset[mixture.permute(index, len(dataset), key=mixture.stream_key(self.args.seed, epoch))]
+
+    def _to_devices(self, mesh: Mesh, rows: Sequence[Any], length: int) -> Batch:
+        return hosts.to_global(self.data_collator(rows, length=length), rules.batch_sharding(mesh))
+
+    def _row_length(self, dataset: Sequence[Any]) -> int:
+        """That of the longest example: rows of one length need one compilation."""
+        length = max(len(each["input_ids"] if isinstance(each, dict) else each) for each in dataset)
+        if length > self.model.config.seq_len:
+            raise ValueError(
+                f"an example has {length} tokens, more than the model's seq_len={self.model.config.seq_len}; "
+                f"choose a smaller block_size"
+            )
+        return length
+
+
+def _required(dataset: Sequence[Any] | None, name: str) -> Sequence[Any]:
+    if dataset is None or not len(dataset):
+        raise ValueError(f"{name}: expected at least one example, got {'none' if dataset is None else 'an empty one'}")
+    return dataset

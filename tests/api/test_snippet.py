@@ -1,0 +1,205 @@
+"""The issue of prototyping: code written for transformers runs, only its import line being ours."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import (
+    DataCollatorForLanguageModeling,
+    GPT4LMHeadModel,
+    GPT4Tokenizer,
+    TextDataset,
+    Trainer,
+    TrainingArguments,
+)
+from gptjax.nn.config import ModelSpec
+
+SNIPPET = """
+from gptjax import GPT4LMHeadModel, GPT4Tokenizer, TextDataset, DataCollatorForLanguageModeling, Trainer
+tokenizer = GPT4Tokenizer.from_pretrained("gpt4")
+model = GPT4LMHeadModel.from_pretrained("gpt4")
+train_dataset = TextDataset(tokenizer=tokenizer, file_path="train.txt", block_size=128)
+data_collator = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=True)
+trainer = Trainer(model=model, args=training_args, data_collator=data_collator, train_dataset=train_dataset,
+                  eval_dataset=eval_dataset, tokenizer=tokenizer)
+trainer.train()
+"""
+TEXT = "the quick brown fox jumps over the lazy dog.\r\n\tÆther – 漢字 " * 60
+TINY = ModelSpec(
+    vocab_size=260, seq_len=128, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64,
+    activation="swiglu", position="rope", rope_theta=1e4, tie_embeddings=True, dtype="float32", remat="none",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.txt").write_bytes(TEXT.encode())
+
+
+@pytest.fixture
+def tokenizer():
+    return GPT4Tokenizer.from_pretrained("gpt4")
+
+
+def arguments(**changes):
+    return TrainingArguments("out", **(dict(per_device_train_batch_size=1, max_steps=3, logging_steps=1) | changes))
+
+
+def trainer_of(tokenizer, *, mlm, model=None, block_size=32, **changes):
+    data = TextDataset(tokenizer, "train.txt", block_size)
+    return Trainer(
+        model or GPT4LMHeadModel.from_config(TINY),
+        arguments(**changes),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=mlm),
+        train_dataset=data,
+        eval_dataset=[data[i] for i in range(3)],
+        tokenizer=tokenizer,
+    )
+
+
+def test_the_snippet_runs_on_a_checkpoint(tokenizer):
+    model = GPT4LMHeadModel.from_config(TINY)
+    model.tokenizer = tokenizer
+    model.save_pretrained("gpt4")
+    eval_dataset = TextDataset(tokenizer, "train.txt", 128)
+    scope = {"training_args": arguments(), "eval_dataset": eval_dataset}
+    exec(SNIPPET, scope)
+    figures = scope["trainer"].evaluate()
+    assert figures["eval_perplexity"] == pytest.approx(math.exp(figures["eval_loss"]))
+    assert not scope["model"].config.causal
+
+
+def test_a_preset_without_weights_says_so_and_offers_from_config():
+    with pytest.raises(ValueError, match=r"without trained weights.*GPT4LMHeadModel\.from_config\('gpt4'\)"):
+        exec(SNIPPET, {"training_args": arguments(), "eval_dataset": []})
+    assert GPT4LMHeadModel.from_config("gpt4").num_parameters() > 1e6
+
+
+@pytest.mark.parametrize("mlm", [True, False])
+def test_training_lowers_the_loss(tokenizer, mlm):
+    trainer = trainer_of(tokenizer, mlm=mlm, max_steps=30, learning_rate=1e-2, logging_steps=10)
+    before = trainer.evaluate()["eval_loss"]
+    output = trainer.train()
+    assert output.global_step == 30
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
+
+
+def test_masked_models_see_both_sides_and_causal_ones_do_not(tokenizer):
+    ids = np.arange(8)[None] + 60
+    changed = ids.copy()
+    changed[0, -1] = 99
+    for mlm, reaches_back in ((True, True), (False, False)):
+        model = trainer_of(tokenizer, mlm=mlm).model
+        first = model(ids).logits[0, 0] - model(changed).logits[0, 0]
+        assert bool(np.abs(first).max() > 1e-6) == reaches_back
+
+
+def test_saved_models_read_back_equal(tokenizer):
+    model = GPT4LMHeadModel.from_config(TINY, seed=3)
+    model.tokenizer = tokenizer
+    model.save_pretrained("saved")
+    again = GPT4LMHeadModel.from_pretrained("saved")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.tokenizer.decode(again.tokenizer.encode(TEXT)) == TEXT
+    with pytest.raises(ValueError, match="holds a checkpoint already"):
+        model.save_pretrained("saved")
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizer):
+    whole = trainer_of(tokenizer, mlm=True, max_steps=4, learning_rate=1e-2, lr_scheduler_type="constant")
+    whole.train()
+    changes = dict(learning_rate=1e-2, lr_scheduler_type="constant", output_dir="half")
+    data = whole.train_dataset
+    model = GPT4LMHeadModel.from_config(TINY)
+    for max_steps in (2, 4):
+        args = TrainingArguments(**(changes | dict(per_device_train_batch_size=1, max_steps=max_steps)))
+        half = Trainer(model, args, data_collator=whole.data_collator, train_dataset=data)
+        half.train(resume_from_checkpoint=True)
+        model = GPT4LMHeadModel.from_config(TINY, seed=9)
+    jax.tree.map(np.testing.assert_array_equal, half.model.params, whole.model.params)
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True"):
+        Trainer(model, args, data_collator=whole.data_collator, train_dataset=data).train()
+
+
+def test_an_epoch_has_every_row_once(tokenizer):
+    trainer = trainer_of(tokenizer, mlm=False, max_steps=-1, num_train_epochs=1.0, block_size=64)
+    seen = []
+    trainer.data_collator = Recorder(trainer.data_collator, seen)
+    steps = trainer.train().global_step
+    rows = [bytes(row.astype(np.uint8)) for row in seen if len(row)]
+    assert steps == -(-len(trainer.train_dataset) // jax.device_count())
+    assert sorted(rows) == sorted(bytes(row.astype(np.uint8)) for row in trainer.train_dataset)
+
+
+class Recorder:
+    """A collator that notes the rows that it is given."""
+
+    def __init__(self, inner, seen):
+        self.inner, self.seen = inner, seen
+
+    def __call__(self, rows, *, length=None):
+        self.seen += [np.asarray(row) for row in rows]
+        return self.inner(rows, length=length)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_labels_give_the_language_modelling_loss(tokenizer):
+    model = GPT4LMHeadModel.from_config(TINY)
+    ids = np.array([tokenizer.encode("hello world")])
+    output = model(ids, labels=ids)
+    logp = jax.nn.log_softmax(output.logits[0, :-1])
+    by_hand = -np.mean([logp[i, t] for i, t in enumerate(ids[0, 1:])])
+    assert float(output.loss) == pytest.approx(by_hand, rel=1e-5)
+    padded = np.pad(ids, ((0, 0), (0, 3)))
+    masked = model(padded, attention_mask=np.pad(np.ones_like(ids), ((0, 0), (0, 3)))).logits[:, : ids.shape[1]]
+    np.testing.assert_allclose(masked, output.logits, atol=1e-5)
+
+
+def test_generates_after_each_prompt(tokenizer):
+    model = GPT4LMHeadModel.from_config(TINY)
+    prompts = [tokenizer.encode("a"), tokenizer.encode("hello")]
+    together = model.generate(prompts, max_new_tokens=4)
+    assert [row[: len(prompt)] for row, prompt in zip(together, prompts, strict=True)] == prompts
+    assert model.generate(prompts[1], max_new_tokens=4)[0] == together[1]
+    with pytest.raises(ValueError, match="top_q.*top_"):
+        model.generate(prompts, max_new_tokens=4, top_q=0.5)
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"", "is empty"), (b"ab\xff", "byte 2 .0xff. is not UTF-8"), (None, "cannot be read")]
+)
+def test_unusable_text_is_named(tokenizer, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad.txt.*{message}"):
+        TextDataset(tokenizer, tmp_path / "bad.txt", 8)
+
+
+def test_what_does_not_fit_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="seq_len=128"):
+        trainer_of(tokenizer, mlm=False, block_size=200).train()
+    with pytest.raises(ValueError, match="vocab_size=300"):
+        trainer_of(tokenizer, mlm=False, model=GPT4LMHeadModel.from_config(TINY, vocab_size=300))
+    with pytest.raises(ValueError, match="train_dataset"):
+        Trainer(GPT4LMHeadModel.from_config(TINY), arguments(), tokenizer=tokenizer).train()
+    with pytest.raises(ValueError, match="no such preset"):
+        GPT4LMHeadModel.from_config("gpt5")
+
+
+def test_unknown_and_mistyped_arguments_are_refused():
+    with pytest.raises(TypeError, match="evaluation_stratgy"):
+        TrainingArguments("out", evaluation_stratgy="steps")
+    with pytest.raises(ValueError, match="lr_scheduler_type"):
+        TrainingArguments("out", lr_scheduler_type="cosin")
+    with pytest.raises(ValueError, match="learning_rate"):
+        TrainingArguments("out", learning_rate="fast")
+    with pytest.raises(ValueError, match="name.*adam"):
+        TrainingArguments("out", optim="adam")
