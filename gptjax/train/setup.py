@@ -103,7 +103,7 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setu
         model = objectives.bidirectional(model)
     params, axes = transformer.abstract_params(model), transformer.param_axes(model)
     optimizer = build.build(
-        cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=_balance_rate(model)
+        cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model)
     )
     shapes = state_lib.abstract_state(params, optimizer.tx)
     shardings = rules.state_shardings(mesh, shapes, axes, params)
@@ -154,7 +154,7 @@ def _objective(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None) 
     )
 
 
-def _balance_rate(model: ModelConfig) -> float | None:
+def balance_rate(model: ModelConfig) -> float | None:
     """The step of the balance biases; one for all, as the optimizer has one group for them."""
     biased = [b.mlp for b in model.blocks if isinstance(b.mlp, MoEConfig) and b.mlp.balancing == "bias"]
     rates = {moe.balance_rate for moe in biased}
