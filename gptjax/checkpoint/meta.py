@@ -29,7 +29,7 @@ class Meta:
       versions: of the libraries that wrote it.
       created: UTC, ISO 8601.
       score: of the model on held-out text, lower being better; None where it was not measured.
-      checksums: of every array as stored, by item and path; see `arrays.checksums`.
+      checksums: by item and path, of every array (`arrays.checksums`) and asset (CRC-32).
     """
 
     format_version: int

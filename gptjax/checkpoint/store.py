@@ -14,6 +14,7 @@ import dataclasses
 import json
 import logging as python_logging
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ class CheckpointStore:
             for item, tree in trees.items()
         }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
+        sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
         meta = dataclasses.replace(meta, step=step, score=score, checksums=sums)
         items: dict[str, Any] = {
             item: ocp.args.PyTreeSave(arrays.nest(leaves)) for item, leaves in flat.items() if leaves
@@ -176,7 +178,7 @@ class CheckpointStore:
         restored = {item: _read_tree(path, item, tree, meta, model) for item, tree in trees.items()}
         with _unreadable(path, "data"):
             data = json.loads((path / "data" / _JSON_FILE).read_text())
-        return Restored(meta, **restored, data=data, assets=read_assets(path))
+        return Restored(meta, **restored, data=data, assets=_read_assets(path, meta))
 
     @contextmanager
     def _reported(self, step: int) -> Iterator[None]:
@@ -270,9 +272,12 @@ def read_meta(directory: epath.PathLike) -> Meta:
 
 
 def read_assets(directory: epath.PathLike) -> dict[str, bytes]:
-    """The plain files of a checkpoint directory, by name."""
-    with _unreadable(epath.Path(directory), "assets"):
-        return files.read(epath.Path(directory) / "assets")
+    """The plain files of a checkpoint directory, by name.
+
+    Raises:
+      ValueError: with the path, if they cannot be read or are not what was saved.
+    """
+    return _read_assets(epath.Path(directory), read_meta(directory))
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
@@ -302,10 +307,23 @@ def _read_tree(path: epath.Path, item: str, tree: Any, meta: Meta, model: ModelC
 
 
 def _read_flat(path: epath.Path, item: str, wanted: Mapping[str, Any], meta: Meta) -> dict[str, Any]:
-    prefix = f"{item}/"
-    sums = {name.removeprefix(prefix): s for name, s in meta.checksums.items() if name.startswith(prefix)}
     with _unreadable(path, item):
-        return arrays.read(path / item, wanted, expected_checksums=sums)
+        return arrays.read(path / item, wanted, expected_checksums=_item_checksums(meta, item))
+
+
+def _read_assets(path: epath.Path, meta: Meta) -> dict[str, bytes]:
+    sums = _item_checksums(meta, "assets")
+    with _unreadable(path, "assets"):
+        found = files.read(path / "assets")
+        damaged = [name for name in sums.keys() | found.keys() if sums.get(name) != zlib.crc32(found.get(name, b""))]
+        if damaged:
+            raise ValueError(f"{', '.join(sorted(damaged))}: not what was saved (checksum)")
+    return found
+
+
+def _item_checksums(meta: Meta, item: str) -> dict[str, int]:
+    prefix = f"{item}/"
+    return {name.removeprefix(prefix): s for name, s in meta.checksums.items() if name.startswith(prefix)}
 
 
 @contextmanager
