@@ -1,6 +1,7 @@
-"""One codebase for the whole life of a GPT: data, pretraining, evaluation, generation.
+"""gptjax: GPT-class language models in JAX, from data to generation.
 
-The public names; each is imported on first use, so that `import gptjax` is immediate.
+The public names below are imported when first used, so `import gptjax` costs nothing and a
+program may set JAX up before it is loaded.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "DataCollatorForLanguageModeling": "gptjax.api",
+    "Model": "gptjax.model",
+    "load": "gptjax.model",
     "GPT4LMHeadModel": "gptjax.api",
     "GPT4Tokenizer": "gptjax.api",
     "TextDataset": "gptjax.api",
+    "DataCollatorForLanguageModeling": "gptjax.api",
     "Trainer": "gptjax.api",
     "TrainingArguments": "gptjax.api",
 }
@@ -22,5 +25,9 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
+        raise AttributeError(f"module 'gptjax' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOMES.keys())

@@ -11,6 +11,8 @@ import gzip
 import lzma
 from typing import Any
 
+from gptjax.data.store import Store
+
 _MIN_DICT_BYTES = 64 << 20  # what xz -9 uses
 
 
@@ -34,6 +36,12 @@ def bits_per_byte(heldout: bytes, *, train: bytes | None = None) -> dict[str, fl
         dict_bytes = max(_MIN_DICT_BYTES, len(train) + len(heldout))
         sizes["xz_given_train"] = _xz_size(train + heldout, dict_bytes) - _xz_size(train, dict_bytes)
     return {name: 8 * size / len(heldout) for name, size in sizes.items()}
+
+
+def text_of(store: Store) -> bytes:
+    """The text of a token store, its documents joined: what the compressors are given."""
+    decode = store.tokenizer.decode_bytes
+    return b"".join(decode(store.document(index).tolist()) for index in range(store.num_documents))
 
 
 def _xz_size(data: bytes, dict_bytes: int = _MIN_DICT_BYTES) -> int:

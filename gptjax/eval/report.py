@@ -46,8 +46,8 @@ class Report:
     """Everything the page shows.
 
     Attributes:
-      metrics: one mapping a logged step: `step`, and any of `loss`, `eval_loss`,
-        `learning_rate`, `tokens_per_second`.
+      metrics: one mapping a logged step: `step`, and any of `loss`, `eval/loss`,
+        `eval_ema/loss`, `learning_rate`, `tokens_per_second`.
       summary: the run's `summary.json`.
       config: the resolved config as nested plain values.
       parameters: name and shape of every array.
@@ -125,7 +125,7 @@ def _section(title: str, note: str, content: str) -> str:
 def _tiles(report: Report) -> str:
     summary = report.summary
     model_bits = (summary.get("bits_per_byte") or {}).get("model")
-    loss = _points(report.metrics, "eval_loss") or _points(report.metrics, "loss")
+    loss = _points(report.metrics, "eval/loss") or _points(report.metrics, "loss")
     rates = [y for _, y in _points(report.metrics, "tokens_per_second")]
     candidates: list[tuple[str, float | None, Any]] = [
         ("bits per byte", model_bits, lambda x: f"{x:.3f}"),
@@ -152,7 +152,8 @@ def _compression(summary: Mapping[str, Any]) -> str:
 
 
 def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
-    train, heldout = _points(metrics, "loss"), _points(metrics, "eval_loss")
+    train, heldout = _points(metrics, "loss"), _points(metrics, "eval/loss")
+    averaged = _points(metrics, "eval_ema/loss")
     if not train and not heldout:
         return ""
     smooth = charts.smooth(train, half_life=max(1.0, len(train) * _SMOOTHING))
@@ -160,6 +161,7 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> str:
         charts.Series(name="train", points=train, style="faint"),
         charts.Series(name="smoothed", points=smooth, style="accent"),
         charts.Series(name="held out", points=heldout, style="second", markers=True),
+        charts.Series(name="averaged weights", points=averaged, style="third", markers=True),
     ]
     legend = "".join(f'<span class="{s.style}">{s.name}</span>' for s in series if s.points)
     chart = charts.line_chart(series, format_y=_short, log_y=True)

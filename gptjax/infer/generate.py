@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from gptjax.infer import decode
-from gptjax.infer.layout import unstack
+from gptjax.infer.layout import for_decoding
 from gptjax.infer.sampling import SamplingConfig, per_row
 from gptjax.infer.text import DecodeFn, TextStream
 from gptjax.nn.config import ModelConfig
@@ -40,6 +40,7 @@ class GenerateConfig:
       sampling: how each token is chosen.
       eos_ids: tokens that end a completion; the one that did is its last token, and not in the text.
       stop: strings that end a completion; the text ends before the first of them.
+      vocab_size: of the tokenizer; only tokens below it are chosen. None takes the model's.
       seed: of the draws; row `i` of a batch has its own, so equal prompts give different samples.
     """
 
@@ -47,11 +48,14 @@ class GenerateConfig:
     sampling: SamplingConfig = SamplingConfig()
     eos_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    vocab_size: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+        for name in ("max_new_tokens", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
 
 
 class Completion(NamedTuple):
@@ -124,14 +128,16 @@ class _Run:
 
     def __init__(self, cfg: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], config: GenerateConfig):
         _check(cfg, prompts, config)
-        self._cfg, self._params = unstack(cfg, params)
+        self._cfg, self._params = for_decoding(cfg, params)
         self._max_new_tokens = config.max_new_tokens
         self._num_tokens = 1
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         tokens_BT = np.zeros((len(prompts), _bucket(max(lengths))), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        self._sampling = per_row([config.sampling] * len(prompts))
+        self._sampling = per_row(
+            [config.sampling] * len(prompts), vocab_size=config.vocab_size or cfg.vocab_size
+        )
         self._eos_ids = np.array(config.eos_ids, np.int32)
         self._state = decode.prefill(
             self._cfg,

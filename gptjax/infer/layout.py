@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
 
 from gptjax.nn.config import LayerGroup, ModelConfig
-from gptjax.types import Params
+from gptjax.nn.linear import compute_dtype
+from gptjax.parallel.mesh import platform
+from gptjax.types import Array, Params
 
 
-def unstack(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with one group a layer.
+def for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model with one group a layer and its products' weights in the compute dtype.
 
-    A stacked kernel is sliced before every product, and a product with one row of activations
-    does no more work than that copy: apart, each weight is read once a token.
+    A token's time is that of reading the weights. A stacked kernel would be copied out of its
+    stack before every product, and a float32 one converted, which costs as much again. What is
+    laid out already is returned as it is; the rest is copied once.
     """
-    groups: list[LayerGroup] = []
-    out: dict[str, Any] = {name: value for name, value in params.items() if not name.startswith("group_")}
+    apart = dataclasses.replace(cfg, groups=tuple(single for group in cfg.groups for single in _split(group)))
+    dtype = compute_dtype(cfg.dtype, platform())
+    wrong_dtype = any(
+        leaf.dtype != dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_cast(path)
+    )
+    if apart == cfg and not wrong_dtype:
+        return cfg, params
+    return apart, _lay_out(cfg, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lay_out(cfg: ModelConfig, params: Params) -> Params:
+    dtype = compute_dtype(cfg.dtype, platform())
+    params = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if _is_cast(path) else x, params)
+    out = {name: value for name, value in params.items() if not name.startswith("group_")}
+    layers: list[Any] = []
     for i, group in enumerate(cfg.groups):
-        stacked = params[f"group_{i}"]
-        repeats = [group] if group.shared else [dataclasses.replace(group, repeats=1)] * group.repeats
-        for layer, single in enumerate(repeats):
-            weights = stacked if group.shared else _layer(stacked, layer)
-            out[f"group_{len(groups)}"] = weights
-            groups.append(single)
-    return dataclasses.replace(cfg, groups=tuple(groups)), out
+        weights, singles = params[f"group_{i}"], _split(group)
+        if len(singles) == 1:
+            layers.append(weights)
+        else:
+            layers += [jax.tree.map(functools.partial(_layer, index=layer), weights) for layer in range(len(singles))]
+    return out | {f"group_{i}": weights for i, weights in enumerate(layers)}
 
 
-def _layer(stacked: Mapping[str, Any], layer: int) -> Mapping[str, Any]:
-    return jax.tree.map(lambda leaf: leaf[layer : layer + 1], stacked)
+def _split(group: LayerGroup) -> list[LayerGroup]:
+    """A group for each repeat; layers that share one set of weights stay together."""
+    if group.shared or group.repeats == 1:
+        return [group]
+    return [dataclasses.replace(group, repeats=1)] * group.repeats
+
+
+def _layer(stacked: Array, *, index: int) -> Array:
+    return stacked[index : index + 1]
+
+
+def _is_cast(path: tuple) -> bool:
+    """Weights that products or look-ups convert to the compute dtype anyway; routers compute in float32."""
+    keys = [entry.key for entry in path]
+    return keys[-1] in ("kernel", "tokens", "positions") and "router" not in keys

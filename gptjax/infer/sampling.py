@@ -62,25 +62,31 @@ class Stages(NamedTuple):
 
 @flax.struct.dataclass
 class RowSampling:
-    """The `SamplingConfig`s of B rows as arrays `[B]`, and the stages that they need."""
+    """The `SamplingConfig`s of B rows as arrays `[B]`, and the stages that they need.
+
+    Attributes:
+      vocab_size: scalar; tokens from here on are never chosen. A model's vocabulary is often
+        rounded up past its tokenizer's.
+    """
 
     temperature: Array
     top_k: Array
     top_p: Array
     min_p: Array
     repetition_penalty: Array
+    vocab_size: Array
     stages: Stages = flax.struct.field(pytree_node=False)
 
 
 class Draw(NamedTuple):
-    """Chosen tokens and their log-probability under the unmodified logits, both `[B]`."""
+    """Chosen tokens and their log-probability under the logits before any stage, both `[B]`."""
 
     token_B: Array
     logprob_B: Array
 
 
-def per_row(configs: Sequence[SamplingConfig]) -> RowSampling:
-    """Stacks one config a row."""
+def per_row(configs: Sequence[SamplingConfig], *, vocab_size: int) -> RowSampling:
+    """Stacks one config a row, for a vocabulary of `vocab_size` tokens."""
     drawing = [config for config in configs if config.temperature > 0]
     stages = Stages(
         penalty=any(config.repetition_penalty != 1 for config in configs),
@@ -94,6 +100,7 @@ def per_row(configs: Sequence[SamplingConfig]) -> RowSampling:
         top_p=jnp.array([config.top_p for config in configs], jnp.float32),
         min_p=jnp.array([config.min_p for config in configs], jnp.float32),
         repetition_penalty=jnp.array([config.repetition_penalty for config in configs], jnp.float32),
+        vocab_size=jnp.asarray(vocab_size, jnp.int32),
         stages=stages,
     )
 
@@ -105,8 +112,8 @@ def sample(logits_BV: Array, rows: RowSampling, *, keys_B: Array, seen_BV: Array
       keys_B: one random key a row, so that a row's draw does not depend on its neighbours.
       seen_BV: bool, tokens that the repetition penalty applies to; read only in that stage.
     """
-    logits_BV = logits_BV.astype(jnp.float32)
-    scores_BV = logits_BV
+    is_token_V = jnp.arange(logits_BV.shape[-1]) < rows.vocab_size
+    logits_BV = scores_BV = jnp.where(is_token_V, logits_BV.astype(jnp.float32), -jnp.inf)
     if rows.stages.penalty:
         assert seen_BV is not None, "the repetition penalty needs the tokens seen so far"
         scores_BV = penalize_repetition(scores_BV, rows.repetition_penalty, seen_BV=seen_BV)

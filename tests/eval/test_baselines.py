@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from gptjax.data import source, tokenizer, writer
 from gptjax.eval import baselines
 
 
@@ -40,3 +41,10 @@ def test_knowing_the_training_text_makes_a_copy_of_it_almost_free():
 def test_nothing_held_out_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         baselines.bits_per_byte(b"")
+
+
+def test_text_of_a_store_is_the_text_it_was_made_of(tmp_path):
+    texts = ["one\n", "zwei é", "\t3"]
+    documents = [source.Document(text, text) for text in texts]
+    store = writer.write_store(tmp_path / "s", documents, tokenizer.byte_level(), description="test")
+    assert baselines.text_of(store) == "".join(texts).encode()

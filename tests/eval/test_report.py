@@ -17,7 +17,7 @@ HOSTILE = "<script>alert('x')</script> & \"日本語\""
 @pytest.fixture
 def workdir(tmp_path):
     lines = [{"step": s, "loss": 9 / s, "learning_rate": 1e-3, "tokens_per_second": 2000.0 + s} for s in range(1, 40)]
-    lines.insert(20, {"step": 20, "eval_loss": 0.5, "eval_seconds": 1.0})
+    lines.insert(20, {"step": 20, "eval/loss": 0.5, "eval/seconds": 1.0})
     lines.append({"step": 40, "loss": None})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summary = {"bits_per_byte": BITS, "wall_seconds": 90, "peak_memory_bytes": 2**31, "num_params": 5_600_000}
@@ -35,7 +35,7 @@ def page_of(workdir):
 
 def test_page_shows_the_run_and_needs_no_other_file(workdir):
     page = page_of(workdir)
-    for text in ("this model", "1.500", "xz -9e", "5.6 M", "2.00 GiB", "90 s", "embed/tokens", "16,384", "d_model", "held out"):
+    for text in ("this model", "1.500", "xz -9e", "5.6 M", "2.00 GiB", "90 s", "embed/tokens", "16,384", "held out"):
         assert text in page, text
     assert not re.search(r"""(src|href)=|url\(|@import|https?:""", page)
     assert not list(workdir.glob("*.partial"))

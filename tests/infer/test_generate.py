@@ -1,19 +1,17 @@
 """Laws of generation: the cache changes nothing, batching changes nothing, streaming changes nothing."""
 
 import dataclasses
+import functools
 import logging as std_logging
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig, generate, stream
-from gptjax.infer.layout import unstack
 from gptjax.infer.sampling import SamplingConfig
 from gptjax.nn import transformer
-from gptjax.nn.config import LayerGroup
 
 PROMPTS = [[5, 9, 33], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [60], [44, 2, 44, 2, 44, 2, 44]]
 DRAWN = SamplingConfig(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.1)
@@ -26,12 +24,15 @@ def decode_text(tokens):
     return b"".join(pieces[token] for token in tokens).decode("utf-8", errors="replace")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(cfg, params, tokens_BT):
+    return transformer.logits(cfg, params, transformer.forward(cfg, params, tokens_BT).hidden_BTD)
+
+
 def full_logits(cfg, params, rows):
     """Float32 logits of each row, by forward passes without a cache."""
-    length = max(map(len, rows))
-    tokens_BT = np.array([list(row) + [0] * (length - len(row)) for row in rows], np.int32)
-    hidden = transformer.forward(cfg, params, jnp.asarray(tokens_BT)).hidden_BTD
-    logits_BTV = np.asarray(transformer.logits(cfg, params, hidden))
+    tokens_BT = np.array([list(row) + [0] * (48 - len(row)) for row in rows], np.int32)
+    logits_BTV = np.asarray(forward(cfg, params, tokens_BT))
     return [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, rows, strict=True)]
 
 
@@ -76,7 +77,8 @@ def test_draws_depend_on_the_seed_and_the_row_alone(tiny):
 def test_generation_ends_at_eos_row_by_row(tiny):
     free = generate(*tiny, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=10))
     eos = free[0].tokens[3]
-    ended = generate(*tiny, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=10, eos_ids=(eos, 66)), decode_fn=decode_text)
+    config = GenerateConfig(max_new_tokens=10, eos_ids=(eos, 66))
+    ended = generate(*tiny, prompts=PROMPTS, config=config, decode_fn=decode_text)
     for before, after in zip(free, ended, strict=True):
         cut = next((i + 1 for i, token in enumerate(before.tokens) if token in (eos, 66)), None)
         assert after.tokens == before.tokens[:cut]
@@ -89,7 +91,7 @@ def test_repetition_penalty_covers_prompt_and_completion(tiny):
     config = GenerateConfig(max_new_tokens=20, sampling=SamplingConfig(repetition_penalty=1e6))
     for prompt, completion in zip(PROMPTS, generate(*tiny, prompts=PROMPTS, config=config), strict=True):
         # So strong a penalty turns every positive logit of a seen token to nearly zero.
-        logits = full_logits(*tiny, [prompt + list(completion.tokens)])[0]
+        (logits,) = full_logits(*tiny, [prompt + list(completion.tokens)])
         for i, token in enumerate(completion.tokens):
             seen = set(prompt) | set(completion.tokens[:i])
             scores = logits[len(prompt) - 1 + i].copy()
@@ -135,20 +137,6 @@ def test_one_program_serves_prompts_of_a_bucket_and_every_setting_of_a_stage(tin
     run([1] * 14, 0.9, 3, 9)
     run([1] * 3, 1.9, 4, 40)
     assert (generation.decode.prefill._cache_size(), generation.decode.decode._cache_size()) == sizes
-
-
-def test_layers_apart_are_the_same_model(tiny):
-    cfg, params = tiny
-    (group,) = cfg.groups
-    shared = dataclasses.replace(cfg, groups=(group, LayerGroup(pattern=group.pattern, repeats=3, shared=True)))
-    for model in (cfg, shared):
-        weights = params if model is cfg else transformer.init(shared, jax.random.key(1))
-        apart, apart_weights = unstack(model, weights)
-        assert apart.num_layers == model.num_layers
-        np.testing.assert_allclose(
-            full_logits(apart, apart_weights, PROMPTS[:1])[0], full_logits(model, weights, PROMPTS[:1])[0], atol=1e-5
-        )
-        assert unstack(apart, apart_weights)[0] == apart
 
 
 def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(tiny, caplog):

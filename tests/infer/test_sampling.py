@@ -50,7 +50,7 @@ CONFIGS = [
 
 
 def our_scores(logits_BV, configs, seen_BV):
-    rows = sampling.per_row(configs)
+    rows = sampling.per_row(configs, vocab_size=logits_BV.shape[-1])
     scores = sampling.penalize_repetition(logits_BV, rows.repetition_penalty, seen_BV=seen_BV)
     return sampling.truncate(sampling.scale_temperature(scores, rows.temperature), rows)
 
@@ -62,7 +62,7 @@ def test_every_config_alone_and_all_together_equal_the_reference():
     seen_BV = np.zeros(logits.shape, bool)
     for row, tokens in enumerate(seen):
         seen_BV[row, tokens] = True
-    together = np.asarray(jax.jit(lambda l, s: our_scores(l, CONFIGS, s))(logits, seen_BV))
+    together = np.asarray(jax.jit(lambda logits, seen: our_scores(logits, CONFIGS, seen))(logits, seen_BV))
     for row, config in enumerate(CONFIGS):
         want = reference_scores(logits[row], config, seen[row])
         alone = np.asarray(our_scores(jnp.asarray(logits[row : row + 1]), [config], seen_BV[row : row + 1]))[0]
@@ -73,18 +73,15 @@ def test_every_config_alone_and_all_together_equal_the_reference():
 
 
 def test_order_of_stages_is_observable():
-    # Temperature before top-p: a flat distribution keeps more tokens.
     logits = np.log(np.array([[0.6, 0.3, 0.1]], np.float32))
-    kept = [
-        int(np.isfinite(our_scores(logits, [SamplingConfig(temperature=t, top_p=0.62)], np.zeros((1, 3), bool))).sum())
-        for t in (1.0, 5.0)
-    ]
-    assert kept == [2, 2]
-    kept = int(np.isfinite(our_scores(logits, [SamplingConfig(temperature=0.5, top_p=0.62)], np.zeros((1, 3), bool))).sum())
-    assert kept == 1
-    # Top-k before top-p: the probability is of the k that are left.
-    config = SamplingConfig(temperature=1.0, top_k=2, top_p=0.65)
-    assert int(np.isfinite(our_scores(logits, [config], np.zeros((1, 3), bool))).sum()) == 1
+
+    def num_kept(**config):
+        return int(np.isfinite(our_scores(logits, [SamplingConfig(**config)], np.zeros((1, 3), bool))).sum())
+
+    # Temperature comes before top-p: a sharper distribution keeps fewer tokens.
+    assert (num_kept(temperature=1.0, top_p=0.62), num_kept(temperature=0.5, top_p=0.62)) == (2, 1)
+    # Top-k comes before top-p, whose probability is of the k tokens that are left.
+    assert (num_kept(temperature=1.0, top_p=0.65), num_kept(temperature=1.0, top_p=0.65, top_k=2)) == (2, 1)
 
 
 def test_ties_at_the_threshold_stay():
@@ -95,7 +92,7 @@ def test_ties_at_the_threshold_stay():
 
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    rows = sampling.per_row([SamplingConfig(temperature=1.0, top_k=3)] * 4000)
+    rows = sampling.per_row([SamplingConfig(temperature=1.0, top_k=3)] * 4000, vocab_size=4)
     keys = jax.random.split(jax.random.key(0), 4000)
     tokens = sampling.sample(jnp.tile(logits, (4000, 1)), rows, keys_B=keys, seen_BV=None).token_B
     frequency = np.bincount(np.asarray(tokens), minlength=4) / 4000
@@ -106,11 +103,22 @@ def test_greedy_rows_stay_greedy_beside_drawing_ones_and_logprobs_are_of_the_raw
     logits = np.random.default_rng(1).normal(size=(6, 20)).astype(np.float32)
     configs = [SamplingConfig(), SamplingConfig(temperature=3.0)] * 3
     draw = sampling.sample(
-        jnp.asarray(logits), sampling.per_row(configs), keys_B=jax.random.split(jax.random.key(3), 6), seen_BV=None
+        jnp.asarray(logits),
+        sampling.per_row(configs, vocab_size=20),
+        keys_B=jax.random.split(jax.random.key(3), 6),
+        seen_BV=None,
     )
     np.testing.assert_array_equal(draw.token_B[::2], logits.argmax(-1)[::2])
     want = np.log(np.array([softmax(row.astype(np.float64)) for row in logits]))
     np.testing.assert_allclose(draw.logprob_B, want[np.arange(6), np.asarray(draw.token_B)], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_only_tokens_of_the_tokenizer_are_chosen(temperature):
+    logits = jnp.tile(jnp.arange(10.0), (200, 1))
+    rows = sampling.per_row([SamplingConfig(temperature=temperature)] * 200, vocab_size=7)
+    draw = sampling.sample(logits, rows, keys_B=jax.random.split(jax.random.key(0), 200), seen_BV=None)
+    assert int(draw.token_B.max()) == 6 and np.isfinite(draw.logprob_B).all()
 
 
 def test_new_values_do_not_recompile():
@@ -123,7 +131,8 @@ def test_new_values_do_not_recompile():
 
     keys = jax.random.split(jax.random.key(0), 2)
     for temperature, top_k in [(0.5, 3), (0.9, 4), (1.7, 8)]:
-        step(jnp.zeros((2, 9)), sampling.per_row([SamplingConfig(temperature=temperature, top_k=top_k)] * 2), keys)
+        config = SamplingConfig(temperature=temperature, top_k=top_k)
+        step(jnp.zeros((2, 9)), sampling.per_row([config] * 2, vocab_size=9), keys)
     assert len(traces) == 1
 
 

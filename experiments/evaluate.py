@@ -1,0 +1,95 @@
+"""Scores held-out text: loss, perplexity, accuracy and bits per byte, beside gzip, bz2 and xz.
+
+    python -m experiments.evaluate --ckpt=runs/demo --data=runs/demo/data/eval
+    python -m experiments.evaluate --ckpt=runs/demo/ckpt/400 --data=novel.txt --stride=128
+
+--data is a token store, or anything that --source of experiments.prepare_data takes. Every token counts
+once; a smaller --stride gives it more context and costs more. Writes --out, or prints only.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+import time
+
+from absl import app, flags
+
+from experiments import common
+
+_CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The same as --ckpt; summary.json of the evaluation goes to eval/ in it.")
+_DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
+_STRIDE = flags.DEFINE_integer("stride", None, "Targets that each window adds; half of the context unless told.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once.")
+_BASELINES = flags.DEFINE_bool("baselines", True, "Compress the same bytes with gzip, bz2 and xz.")
+_OUT = flags.DEFINE_string("out", None, "File for the summary, as JSON.")
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates the checkpoint on --data."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if (_CKPT.value is None) == (_WORKDIR.value is None):
+        raise ValueError("give one of --ckpt and --workdir")
+    import gptjax
+    from gptjax.data import loader
+    from gptjax.eval import baselines, perplexity
+
+    model = gptjax.load(_CKPT.value or _WORKDIR.value)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        store = _open(model, pathlib.Path(scratch) / "store")
+        stride = _STRIDE.value or max(1, model.config.seq_len // 2)
+        batches = loader.eval_batches(
+            store, batch_size=_BATCH_SIZE.value, seq_len=model.config.seq_len, stride=stride
+        )
+        found = perplexity.evaluate(model.config, model.params, batches)
+        bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
+        if _BASELINES.value:
+            bits |= baselines.bits_per_byte(baselines.text_of(store))
+    summary = {
+        "checkpoint": _CKPT.value or _WORKDIR.value,
+        "step": model.meta.step,
+        "data": _DATA.value,
+        "stride": stride,
+        "loss": found.loss,
+        "perplexity": perplexity.perplexity(found.nats, found.tokens),
+        "accuracy": found.accuracy,
+        "tokens": int(found.tokens),
+        "bytes": batches.num_bytes,
+        "bits_per_byte": bits,
+        "wall_seconds": time.perf_counter() - began,
+    }
+    _print(summary)
+    out = _OUT.value or (_WORKDIR.value and pathlib.Path(_WORKDIR.value) / "eval" / "summary.json")
+    if out:
+        pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(out).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _open(model, scratch: pathlib.Path):
+    """The store that --data is, or one made of its text with the model's tokenizer."""
+    from gptjax.data import source, writer
+    from gptjax.data import store as store_lib
+
+    if model.tokenizer is None:
+        raise ValueError("this checkpoint has no tokenizer to read text with")
+    if (pathlib.Path(_DATA.value) / store_lib.META).is_file():
+        return store_lib.open_store(_DATA.value, fingerprint=model.tokenizer.fingerprint)
+    text = source.open_source(_DATA.value)
+    return writer.write_store(scratch, text.documents(), model.tokenizer, description=text.description)
+
+
+def _print(summary: dict) -> None:
+    rows = {key: value for key, value in summary.items() if key != "bits_per_byte"}
+    rows |= {f"bits per byte, {name}": value for name, value in summary["bits_per_byte"].items()}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"{name:{width}}  {text:>14}" if not isinstance(value, str) else f"{name:{width}}  {text}")
+
+
+if __name__ == "__main__":
+    common.start(main)

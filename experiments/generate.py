@@ -1,0 +1,87 @@
+"""Writes what a model continues prompts with; one prompt is streamed to the terminal as it is made.
+
+    python -m experiments.generate --ckpt=runs/demo --prompt='def read(path):' --temperature=0.8 --top_p=0.95
+    echo 'import os' | python -m experiments.generate --ckpt=runs/demo --max_new_tokens=256
+
+Several --prompt flags are completed as one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+from experiments import common
+
+_CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.", required=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a completion at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0 is off.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this much probability; 1 is off.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens this likely relative to the most likely; 0 is off.")
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Over 1 discourages tokens that occurred; 1 is off.")
+_STOP = flags.DEFINE_multi_string("stop", None, r"Text that ends a completion; repeatable. \n and \t are understood.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_OUT = flags.DEFINE_string("out", None, "Also write prompts, completions and speed there, as JSON.")
+
+
+def main(argv: list[str]) -> None:
+    """Completes the prompts."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    import gptjax
+
+    prompts = _PROMPT.value or [sys.stdin.read()]
+    if not any(prompts):
+        raise ValueError("no prompt: give --prompt or text on standard input")
+    model = gptjax.load(_CKPT.value)
+    options = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+        "min_p": _MIN_P.value,
+        "repetition_penalty": _PENALTY.value,
+        "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in _STOP.value or ()],
+        "seed": _SEED.value,
+    }
+    began = time.perf_counter()
+    completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
+    seconds = time.perf_counter() - began
+    if _OUT.value:
+        samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+        summary = {"checkpoint": _CKPT.value, "options": options, "wall_seconds": seconds, "samples": samples}
+        pathlib.Path(_OUT.value).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _stream(model, prompt: str, options: dict) -> list[str]:
+    _show_prompt(prompt)
+    pieces = []
+    for piece in model.stream(prompt, **options):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return ["".join(pieces)]
+
+
+def _batch(model, prompts: list[str], options: dict) -> list[str]:
+    completions = model.generate(prompts, **options)
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        print(f"{chr(10) if index else ''}--- {index}")
+        _show_prompt(prompt)
+        print(completion)
+    return completions
+
+
+def _show_prompt(prompt: str) -> None:
+    # Grey on a terminal, so that the model's own words stand out.
+    print(f"\x1b[90m{prompt}\x1b[0m" if sys.stdout.isatty() else prompt, end="", flush=True)
+
+
+if __name__ == "__main__":
+    common.start(main)

@@ -1,0 +1,180 @@
+"""A trained model in one value: what a notebook starts from."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import jax
+import numpy as np
+from etils import epath
+
+from gptjax.checkpoint import store
+from gptjax.checkpoint.meta import Meta
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.infer import generate as generation
+from gptjax.infer.generate import GenerateConfig
+from gptjax.infer.layout import for_decoding
+from gptjax.infer.sampling import SamplingConfig
+from gptjax.nn import transformer
+from gptjax.nn.config import ModelConfig
+from gptjax.types import Array, Params
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A config, its parameters and their tokenizer.
+
+    Attributes:
+      tokenizer: None where the checkpoint has none; tokens then take the place of text.
+      meta: what the checkpoint says of its origin; None for a model made in memory.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None = None
+    meta: Meta | None = None
+
+    def logits(self, tokens: Any) -> Array:
+        """Float32 logits `[B, T, V]` of the token that follows each prefix of `tokens` `[B, T]`.
+
+        Raises:
+          ValueError: for another shape, tokens out of the vocabulary, or more than learned positions.
+        """
+        tokens_BT = np.asarray(tokens)
+        if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise ValueError(
+                f"tokens: expected integers of shape [B, T], got {tokens_BT.dtype} {list(tokens_BT.shape)}; "
+                "one sequence is [tokens]"
+            )
+        low, high = tokens_BT.min(), tokens_BT.max()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"tokens: {low} to {high} do not fit the model's vocab_size={self.config.vocab_size}")
+        if self.config.learned_positions and tokens_BT.shape[1] > self.config.seq_len:
+            raise ValueError(f"tokens: {tokens_BT.shape[1]} positions exceed the learned ones, {self.config.seq_len=}")
+        return _logits(self.config, self.params, tokens_BT.astype(np.int32))
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], **options: Any) -> list[str]: ...
+    def generate(self, prompt: str | list[str], **options: Any) -> str | list[str]:
+        """The text that follows a prompt, or each prompt of a list.
+
+        Args:
+          options: those of `options`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        completions = self.complete(prompts, **options)
+        texts = [completion.text or "" for completion in completions]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def complete(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[generation.Completion]:
+        """As `generate`, with tokens, log-probabilities and the reason for each end. Prompts may be tokens."""
+        cfg, params = self._decoding
+        return generation.generate(
+            cfg,
+            params,
+            prompts=[self._tokens(prompt) for prompt in prompts],
+            config=self.options(**options),
+            decode_fn=None if self.tokenizer is None else self.tokenizer.decode,
+        )
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """Yields the text of `generate(prompt, ...)` while it is made."""
+        cfg, params = self._decoding
+        return generation.stream(
+            cfg,
+            params,
+            prompt=self._tokens(prompt),
+            config=self.options(**options),
+            decode_fn=self._needed_tokenizer().decode,
+        )
+
+    def options(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+    ) -> GenerateConfig:
+        """What `generate`, `complete` and `stream` accept; see `SamplingConfig` and `GenerateConfig`."""
+        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
+        return GenerateConfig(
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingConfig(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+            ),
+            eos_ids=() if eos_id is None else (eos_id,),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
+            seed=seed,
+        )
+
+    @functools.cached_property
+    def _decoding(self) -> tuple[ModelConfig, Params]:
+        return for_decoding(self.config, self.params)
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """The prompt behind the token that documents began with in training."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        tokenizer = self._needed_tokenizer()
+        start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        return ([] if start_id is None else [start_id]) + tokenizer.encode(prompt)
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: use complete() and logits() with tokens")
+        return self.tokenizer
+
+
+def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Model:
+    """Reads a model from a workdir (its newest checkpoint) or a checkpoint directory, local or gs://.
+
+    Args:
+      shardings: where parameters go; None is the first device. See `checkpoint.store.restore_params`.
+      dtype: of floating-point parameters; None keeps the stored one.
+
+    Raises:
+      ValueError: with the path, if there is no checkpoint, it cannot be read, or its tokenizer is not
+        the one that it was trained with.
+    """
+    directory = store.find(path)
+    meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype)
+    tokenizer = _tokenizer(store.read_assets(directory), meta, str(directory))
+    return Model(meta.model, params, tokenizer, meta)
+
+
+def _tokenizer(assets: Mapping[str, bytes], meta: Meta, path: str) -> Tokenizer | None:
+    if tokenizer_lib.FILE_NAME not in assets:
+        if meta.tokenizer:
+            raise ValueError(
+                f"{path}/assets: {tokenizer_lib.FILE_NAME} is missing; copy there the tokenizer with fingerprint "
+                f"{meta.tokenizer[:12]} that the model was trained with"
+            )
+        return None
+    tokenizer = tokenizer_lib.from_bytes(assets[tokenizer_lib.FILE_NAME])
+    if meta.tokenizer and tokenizer.fingerprint != meta.tokenizer:
+        raise ValueError(
+            f"{path}/assets/{tokenizer_lib.FILE_NAME}: fingerprint {tokenizer.fingerprint[:12]}, but the model was "
+            f"trained with {meta.tokenizer[:12]}; restore the original file"
+        )
+    return tokenizer
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    return transformer.logits(cfg, params, transformer.forward(cfg, params, tokens_BT).hidden_BTD)
