@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -281,17 +282,20 @@ def _read_parquet(id: str, path: pathlib.Path) -> Iterator[Document]:
 
 
 def _open_tfds(where: str) -> Source:
-    # ArrayRecord files are read without TensorFlow.
     import tensorflow_datasets as tfds
 
     name, _, option = where.partition("?")
     split = option.removeprefix("split=") or "train"
+    directory = os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     try:
-        records = tfds.data_source(name, split=split, download=False)
+        # From the files alone: the data set's own code may want TensorFlow, its prepared records do not.
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+        records = builder.as_data_source(split=split)
     except Exception as error:  # its own errors have no common base
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"tfds:{where}: cannot be read: {error}; prepare it as ArrayRecord files first, "
-            f"`tfds build {name} --file_format=array_record`, and set TFDS_DATA_DIR to where they are"
+            f"tfds:{where}: cannot be read from {directory}: {reason}; prepare it as ArrayRecord files first, "
+            f"`tfds build {name} --file_format=array_record`, or set TFDS_DATA_DIR to where they are"
         ) from error
 
     def documents() -> Iterator[Document]:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -153,3 +154,44 @@ def test_what_is_not_there_is_named(tmp_path):
 def test_duplicates_go_and_the_first_stays():
     documents = [Document("a", "x"), Document("b", "y"), Document("c", "x"), Document("d", "x ")]
     assert [document.id for document in clean.drop_duplicates(documents)] == ["a", "b", "d"]
+
+
+@pytest.fixture(scope="module")
+def tensorflow_dataset(tmp_path_factory):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyText(tfds.core.GeneratorBasedBuilder):
+        # In a package, tfds would look for the package's files with a library that it does not require.
+        __module__ = "tiny_text"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples(5), "test": self._generate_examples(2)}
+
+        def _generate_examples(self, count):
+            for index in range(count):
+                yield index, {"text": f"é\r\n{index}"}
+
+    directory = tmp_path_factory.mktemp("tfds")
+    TinyText(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory
+
+
+def test_tensorflow_dataset_is_read_without_tensorflow(tensorflow_dataset, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tensorflow_dataset))
+    name = "tiny_text:1.0.0"
+    assert sorted(texts(f"tfds:{name}")) == [f"é\r\n{i}" for i in range(5)]
+    assert len(texts(f"tfds:{name}?split=test")) == 2
+    assert ids(f"tfds:{name}?split=test") == [f"{name}:test:0", f"{name}:test:1"]
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="no_such_set: cannot be read from .*tfds build no_such_set --file_format"):
+        source.open_source("tfds:no_such_set")
+    with pytest.raises(ValueError, match="cannot be read from .*nosplit"):
+        source.open_source(f"tfds:{name}?split=nosplit")
+    assert texts("tfds:tiny_text?split=train") == texts(f"tfds:{name}")
