@@ -2,8 +2,10 @@
 
 A config file is a function `get_config()` that starts from `base.get_config()` and replaces what it
 is about. Keys can then be set on the command line, `--config.train.num_steps=10`, and the directory of
-the data after a colon: `--config=configs/llama_8b.py:gs://bucket/web`. The keys are fields of `gptjax.train.run.RunConfig` and the dataclasses in it, which document them; a key that
-they do not have is refused.
+the data after a colon: `--config=configs/llama_8b.py:gs://bucket/web`.
+
+The keys are fields of `gptjax.train.setup.RunConfig` and the dataclasses in it, which document them; a key
+that they do not have is refused.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def moe(*, num_experts: int, num_experts_per_token: int, d_ff: int, **rest: Any)
     return ConfigDict(
         dict(
             num_experts=num_experts, num_experts_per_token=num_experts_per_token, d_ff=d_ff, activation="swiglu",
-            balance_rate=0.01, z_loss=0.001,
+            z_loss=0.001,
         )
         | rest
     )  # fmt: skip

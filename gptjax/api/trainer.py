@@ -18,12 +18,14 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import mixture
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.eval import perplexity
 from gptjax.nn import transformer
 from gptjax.optim import build
 from gptjax.parallel import hosts, rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.train import hooks, loop, setup, step
+from gptjax.train import hooks, loop, setup
 from gptjax.train import state as state_lib
+from gptjax.train.evaluate import evaluator
 from gptjax.train.metrics import MetricsWriter
 from gptjax.train.state import TrainState
 from gptjax.types import Batch, Params
@@ -110,19 +112,22 @@ class Trainer:
 
     def _evaluate(self, params: Params, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
         dataset = _required(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
+        evaluate = evaluator(
+            self.data_collator.objective(self.model.config), self._eval_batches(dataset), seed=self.args.seed
+        )
+        figures = evaluate(params)
+        return {
+            "eval_loss": figures["loss"],
+            "eval_perplexity": perplexity.perplexity(figures["loss"], 1.0),
+            "eval_accuracy": figures["accuracy"],
+        }
+
+    def _eval_batches(self, dataset: Sequence[Any]) -> Iterator[Batch]:
         mesh = jax.sharding.get_mesh()
-        evaluate = jax.jit(step.eval_step(self.data_collator.objective(self.model.config)))
         size, length = self.args.per_device_eval_batch_size * mesh.size, self._row_length(dataset)
-        sums: Any = None
         for start in range(0, len(dataset), size):
             rows = [dataset[i] if i < len(dataset) else () for i in range(start, start + size)]
-            batch = self._to_devices(mesh, rows, length)
-            # The tokens that a masked model must fill in are the same at every evaluation.
-            metrics = evaluate(params, (), batch, jax.random.fold_in(jax.random.key(self.args.seed), start))
-            sums = metrics if sums is None else {name: sums[name] + mean for name, mean in metrics.items()}
-        loss = float(sums["loss"].value)
-        figures = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
-        return figures | {"eval_accuracy": float(sums["accuracy"].value)}
+            yield self._to_devices(mesh, rows, length)
 
     @contextlib.contextmanager
     def _mesh(self) -> Iterator[Mesh]:
@@ -145,7 +150,7 @@ class Trainer:
         config = self.model.config
         shapes, axes = transformer.abstract_params(config), transformer.param_axes(config)
         optimizer = build.build(
-            self.args.optimizer(), shapes, axes, num_steps=num_steps, balance_rate=setup._balance_rate(config)
+            self.args.optimizer(), shapes, axes, num_steps=num_steps, balance_rate=setup.balance_rate(config)
         )
         abstract = state_lib.abstract_state(shapes, optimizer.tx)
         shardings = rules.state_shardings(mesh, abstract, axes, shapes)

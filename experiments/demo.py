@@ -1,0 +1,89 @@
+"""The main job from end to end on one machine: what `make demo` runs.
+
+    python -m experiments.demo --workdir=runs/demo
+
+Prepares the standard library's source, trains a small GPT on it, scores the held-out modules beside compressors,
+writes samples, summary.json and report.html. Every stage is a command of its own, shown as it starts; one whose
+product is complete is skipped, so that the demo goes on where it was killed.
+
+Exit status: 0 when everything is there, otherwise that of the stage that failed or was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import common
+from experiments.stages import Stages, read_json
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
+_CONFIG = flags.DEFINE_string("config", "configs/demo.py", "Config; it is given the directory of the data.")
+_SOURCE = flags.DEFINE_string("source", "stdlib", "Text, as experiments.prepare_data takes it.")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Pieces of the tokenizer; the config's model.vocab_size.")
+
+_PROMPTS = ("def read_file(path):\n", "class Queue:\n    ", "import os\nimport sys\n", "    for key, value in ")
+_SAMPLING = ("--temperature=0.7", "--top_p=0.95", "--max_new_tokens=96")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    workdir = Path(_WORKDIR.value)
+    data, scores, samples = workdir / "data", workdir / "eval" / "summary.json", workdir / "samples.json"
+    stages = Stages(workdir)
+    if not (data / "summary.json").exists():
+        stages.run("prepare_data", f"--source={_SOURCE.value}", f"--vocab_size={_VOCAB_SIZE.value}", f"--out={data}")
+    # It knows by itself whether there is something left to train.
+    stages.run("pretrain", f"--config={_CONFIG.value}:{data}", f"--workdir={workdir}")
+    if read_json(scores).get("step") != read_json(workdir / "summary.json")["step"]:
+        samples.unlink(missing_ok=True)
+        stages.run("evaluate", f"--workdir={workdir}", f"--data={data / 'eval'}", "--nobaselines")
+    if not samples.exists():
+        prompts = [f"--prompt={text}" for text in _PROMPTS]
+        stages.run("generate", f"--ckpt={workdir}", f"--out={samples}", *_SAMPLING, *prompts)
+    _finish(workdir, read_json(scores), read_json(samples), stages)
+
+
+def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stages: Stages) -> None:
+    """Adds to the run's summary what the other stages found, and draws the report."""
+    import jax
+
+    from gptjax.eval import report
+    from gptjax.model import load
+    from gptjax.optim.groups import path_of
+    from gptjax.train.metrics import write_json
+
+    summary = read_json(workdir / "summary.json")
+    summary.setdefault("train_wall_seconds", summary["wall_seconds"])
+    stages.add("pretrain", seconds=summary["train_wall_seconds"])
+    summary["bits_per_byte"] = scores["bits_per_byte"] | _compressors(workdir / "data", stages)
+    summary |= {"samples": samples["samples"], **stages.total()}
+    write_json(workdir / "summary.json", summary)
+    leaves = jax.tree_util.tree_leaves_with_path(load(workdir).params)
+    shapes = [(path_of(path), leaf.shape) for path, leaf in leaves]
+    report.write(report.read(workdir, parameters=shapes), workdir / "report.html")
+    print(json.dumps({key: value for key, value in summary.items() if key != "samples"}, indent=2))
+    print(f"\n{workdir / 'report.html'}")
+
+
+def _compressors(data: Path, stages: Stages) -> dict[str, float]:
+    """What gzip, bz2 and xz need, xz also after the training text; measured once."""
+    from gptjax.data.store import open_store
+    from gptjax.eval import baselines
+
+    path = data / "compressors.json"
+    if not path.exists():
+        began = time.perf_counter()
+        train, heldout = (baselines.text_of(open_store(data / part)) for part in ("train", "eval"))
+        path.write_text(json.dumps(baselines.bits_per_byte(heldout, train=train)), encoding="utf-8")
+        stages.add("compressors", seconds=time.perf_counter() - began)
+    return read_json(path)
+
+
+if __name__ == "__main__":
+    common.start(main)
