@@ -15,7 +15,10 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake in t
 
 
 def start(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main` under absl; a `ValueError`, which is for users, becomes one line and exit status 2."""
+    """Runs `main` under absl; an error that is for users becomes one line and exit status 2.
+
+    Those are `ValueError` and, from files that are missing, unreadable or on a full disk, `OSError`.
+    """
 
     def run(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
@@ -24,10 +27,27 @@ def start(main: Callable[[list[str]], int | None]) -> None:
             python_logging.getLogger("jax").setLevel(python_logging.WARNING)
         try:
             return main(argv)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if _DEBUG.value:
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            return FAILED
+            return _fail(error)
 
-    app.run(run)
+    app.run(run, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, OSError) as error:  # what config_flags raises for an unknown key, a missing file
+        if "--debug" in argv:
+            raise
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    # ml_collections wraps one error in another, whose text is the first one's representation.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = error.args[0] if isinstance(error, KeyError) else error
+    print(f"error: {text}", file=sys.stderr)
+    return FAILED

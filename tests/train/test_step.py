@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_the_mean_over_targets():
         loss = toy.objective(params, (), batch, None, None)
         return loss.total / loss.weight
 
-    expected = jax.grad(mean_loss)(before.params)
+    expected = jax.jit(jax.grad(mean_loss))(before.params)
     after, metrics = jax.jit(step_lib.train_step(toy.objective, optimizer))(before, (), batch)
     got = jax.tree.map(jnp.subtract, before.params, after.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
@@ -111,8 +111,8 @@ def test_an_indivisible_batch_is_refused():
 
 
 def test_eval_step_returns_sums_that_add_up():
-    params = toy.init(jax.random.key(0))
-    evaluate = step_lib.eval_step(toy.objective)
+    params = jax.jit(toy.init)(jax.random.key(0))
+    evaluate = jax.jit(step_lib.eval_step(toy.objective))
     first, second = toy.batch(0, mask=0.2), toy.batch(1, mask=0.9)
     both = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
     rng = jax.random.key(0)
