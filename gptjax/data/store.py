@@ -182,8 +182,8 @@ def read_json(path: pathlib.Path, cls: type[T]) -> T:
 
 
 def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    # As a plain array: slicing a memmap object costs more than the read. An empty file cannot be mapped.
+    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
 def _check_size(path: pathlib.Path, expected: int) -> None:

@@ -265,11 +265,9 @@ def _sentencepiece(serialized: bytes) -> Tokenizer:
         return encode_plain(texts, num_threads)
 
     def encode_plain(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
-        if max(map(len, texts), default=0) <= _ENCODE_CHUNK_CHARACTERS:
-            return processor.encode_as_numpy(list(texts), num_threads=num_threads)
         parts = [list(_chunks(text, _ENCODE_CHUNK_CHARACTERS)) for text in texts]
-        encoded = iter(processor.encode_as_numpy([part for split in parts for part in split], num_threads=num_threads))
-        return [_joined([next(encoded) for _ in split]) for split in parts]
+        encoded = iter(processor.encode([part for split in parts for part in split], num_threads=num_threads))
+        return [_joined([np.array(next(encoded), np.int32) for _ in split]) for split in parts]
 
     return Tokenizer(
         kind="sentencepiece",
