@@ -30,6 +30,10 @@ def _machine() -> str:
 def _set_environment() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
+    # Compiling takes most of the time of tests this small, and half of it is LLVM optimising.
+    if "xla_backend_optimization_level" not in flags:
+        flags = f"{flags} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = flags
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "jax" / _machine()

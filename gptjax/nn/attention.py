@@ -84,7 +84,8 @@ class Attention(nn.Module):
             softcap=cfg.softcap,
             sinks_N=self._sinks(),
         )
-        out = Linear(spec="BTNH,NHD->BTD",
+        out = Linear(
+            spec="BTNH,NHD->BTD",
             shape=(cfg.num_heads, cfg.head_dim, d_model),
             axes=("heads", "head_dim", "embed"),
             in_dims=(0, 1),
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         return out(o_BTNH), cache
 
     def _project(self, name: str, num_heads: int, axis: str, d_model: int) -> Linear:
-        return Linear(spec="BTD,DNH->BTNH",
+        return Linear(
+            spec="BTD,DNH->BTNH",
             shape=(d_model, num_heads, self.cfg.head_dim),
             axes=("embed", axis, "head_dim"),
             bias=self.cfg.bias,

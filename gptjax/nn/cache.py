@@ -89,4 +89,3 @@ def append(
         }
         return updated, view
     return updated, updated
-

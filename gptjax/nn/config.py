@@ -375,7 +375,9 @@ class ModelSpec:
     def _block(self, layer: int) -> BlockConfig:
         # The pattern counts from the first layer after the dense ones, so that it repeats.
         index = layer - (self.first_k_dense if self.moe else 0)
-        is_global = self.window is None or (self.global_every > 0 and index % self.global_every == self.global_every - 1)
+        is_global = self.window is None or (
+            self.global_every > 0 and index % self.global_every == self.global_every - 1
+        )
         is_moe = self.moe is not None and index >= 0 and index % self.moe_every == self.moe_every - 1
         mlp: MLPConfig | MoEConfig = MLPConfig(d_ff=self.d_ff, activation=self.activation, bias=self.bias)
         return BlockConfig(
@@ -395,7 +397,9 @@ class ModelSpec:
             if rope is None:
                 raise ValueError("mla needs position='rope'")
             sizes = {field.name: getattr(self.mla, field.name) for field in dataclasses.fields(self.mla)}
-            return MLAConfig(num_heads=self.num_heads, rope=rope, norm=self._norm(), bias=self.bias, window=window, **sizes)
+            return MLAConfig(
+                num_heads=self.num_heads, rope=rope, norm=self._norm(), bias=self.bias, window=window, **sizes
+            )
         return AttentionConfig(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

@@ -74,7 +74,8 @@ class LatentAttention(nn.Module):
             scale=(cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 if cfg.scale is None else cfg.scale,
         )
         o_BTNH = einsum("BTNR,RNH->BTNH", o, value_RNH) if absorbed else o
-        out = Linear(spec="BTNH,NHD->BTD",
+        out = Linear(
+            spec="BTNH,NHD->BTD",
             shape=(cfg.num_heads, cfg.v_head_dim, x_BTD.shape[-1]),
             axes=("heads", "head_dim", "embed"),
             in_dims=(0, 1),
@@ -90,7 +91,12 @@ class LatentAttention(nn.Module):
         if cfg.q_latent is None:
             shape, axes = (d_model, cfg.num_heads, head_dim), ("embed", "heads", "head_dim")
             return Linear(spec="BTD,DNH->BTNH", shape=shape, axes=axes, name="query")(x_BTD)
-        down = Linear(spec="BTD,DR->BTR", shape=(d_model, cfg.q_latent), axes=("embed", "latent"), bias=cfg.bias, name="query_down"
+        down = Linear(
+            spec="BTD,DR->BTR",
+            shape=(d_model, cfg.q_latent),
+            axes=("embed", "latent"),
+            bias=cfg.bias,
+            name="query_down",
         )
         latent = Norm(cfg.norm, axis="latent", name="query_norm")(down(x_BTD))
         shape, axes = (cfg.q_latent, cfg.num_heads, head_dim), ("latent", "heads", "head_dim")
@@ -99,7 +105,8 @@ class LatentAttention(nn.Module):
     def _latents(self, x_BTD: Array, table: tuple[Array, Array]) -> tuple[Array, Array]:
         """The normalised latent `[B, T, R]` and the rotated key `[B, T, H]` of each position."""
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        down = Linear(spec="BTD,DR->BTR",
+        down = Linear(
+            spec="BTD,DR->BTR",
             shape=(d_model, cfg.kv_latent + cfg.rope_head_dim),
             axes=("embed", "latent"),
             bias=cfg.bias,

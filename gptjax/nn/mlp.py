@@ -60,12 +60,15 @@ class MLP(nn.Module):
         cfg, d_model = self.cfg, x_BTD.shape[-1]
 
         def project(name: str) -> Array:
-            linear = Linear(spec="BTD,DF->BTF", shape=(d_model, cfg.d_ff), axes=("embed", "mlp"), bias=cfg.bias, name=name)
+            linear = Linear(
+                spec="BTD,DF->BTF", shape=(d_model, cfg.d_ff), axes=("embed", "mlp"), bias=cfg.bias, name=name
+            )
             return constrain(linear(x_BTD), "act_batch", "act_length", "act_mlp")
 
         gate = project("gate") if cfg.activation in GATED_ACTIVATIONS else None
         hidden_BTF = activate(cfg.activation, project("up"), gate)
-        down = Linear(spec="BTF,FD->BTD",
+        down = Linear(
+            spec="BTF,FD->BTD",
             shape=(cfg.d_ff, d_model),
             axes=("mlp", "embed"),
             bias=cfg.bias,

@@ -1,0 +1,132 @@
+"""What a model costs: parameters, floating-point operations and bytes, counted from its config.
+
+A multiply-add is two operations. Only matrix products are counted, as in the MFU of PaLM
+(arXiv:2204.02311, appendix B), with two refinements that peers have been blamed for lacking:
+causal and windowed attention count the pairs that exist, not all `T ** 2`, and experts
+count the active ones. Recomputation is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+
+from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
+from gptjax.nn.transformer import abstract_params
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters.
+
+    Attributes:
+      total: all of them.
+      active: those that one token uses: all but the experts it is not sent to.
+      embedding: token and position tables and an untied head.
+    """
+
+    total: int
+    active: int
+    embedding: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward operations a token, averaged over a row.
+
+    Attributes:
+      kernels: products with stored kernels in the layers.
+      attention: scores and weighted values.
+      head: the product with the vocabulary.
+    """
+
+    kernels: float
+    attention: float
+    head: float
+
+    @property
+    def forward(self) -> float:
+        return self.kernels + self.attention + self.head
+
+    @property
+    def train(self) -> float:
+        """Forward and backward: the backward pass has two products for each of the forward's."""
+        return 3.0 * self.forward
+
+
+def count(cfg: ModelConfig) -> Counts:
+    """Counts parameters from shapes, so that what exists is what is counted."""
+    total = inactive = embedding = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)):
+        names = [str(key.key) for key in path]
+        size = math.prod(leaf.shape)
+        total += size
+        if names[0] in ("embed", "head"):
+            embedding += size
+        elif names[-2].startswith("experts_"):
+            group, block = (int(name.rsplit("_", 1)[1]) for name in names[:2])
+            moe = cfg.groups[group].pattern[block].mlp
+            assert isinstance(moe, MoEConfig), f"{'/'.join(names)} in a block without experts"
+            inactive += size - size * moe.num_experts_per_token // moe.num_experts
+    return Counts(total=total, active=total - inactive, embedding=embedding)
+
+
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> Flops:
+    """Forward operations a token in rows of `seq_len` tokens that are one document each."""
+    kernels = attention = 0.0
+    for block in cfg.blocks:
+        kernels += 2.0 * _active_kernel_size(block, cfg.d_model)
+        pairs = attended_pairs(seq_len, window=block.attention.window, causal=cfg.causal) / seq_len
+        attention += 2.0 * pairs * block.attention.num_heads * _pair_width(block)
+    return Flops(kernels=kernels, attention=attention, head=2.0 * cfg.d_model * cfg.vocab_size)
+
+
+def attended_pairs(seq_len: int, *, window: int | None, causal: bool) -> int:
+    """How many (query, key) pairs a row of one document has."""
+    reach = seq_len if window is None else min(window, seq_len)
+    # The first `reach` queries see 1 .. reach keys, the others `reach` each.
+    backward = reach * (reach + 1) // 2 + (seq_len - reach) * reach
+    return backward if causal else 2 * backward - seq_len
+
+
+def cache_bytes_per_token(cfg: ModelConfig, *, bytes_per_value: int) -> int:
+    """Bytes that one position adds to the key/value cache while no window is full."""
+    width = 0
+    for block in cfg.blocks:
+        if isinstance(block.attention, AttentionConfig):
+            width += 2 * block.attention.num_kv_heads * block.attention.head_dim
+        else:
+            width += block.attention.kv_latent + block.attention.rope_head_dim
+    return width * bytes_per_value
+
+
+def _pair_width(block: BlockConfig) -> int:
+    """Multiply-adds of one (query, key) pair in one head."""
+    cfg = block.attention
+    if isinstance(cfg, AttentionConfig):
+        return 2 * cfg.head_dim
+    return cfg.nope_head_dim + cfg.rope_head_dim + cfg.v_head_dim
+
+
+def _active_kernel_size(block: BlockConfig, d_model: int) -> int:
+    """Kernel elements of one layer that one token is multiplied with."""
+    attention, mlp = block.attention, block.mlp
+    if isinstance(attention, MLAConfig):
+        size = _latent_kernel_size(attention, d_model)
+    else:
+        size = 2 * d_model * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+    projections = 3 if mlp.activation in GATED_ACTIVATIONS else 2
+    if isinstance(mlp, MoEConfig):
+        width = mlp.num_experts_per_token * mlp.d_ff + mlp.shared_d_ff
+        return size + projections * d_model * width + d_model * mlp.num_experts
+    return size + projections * d_model * mlp.d_ff
+
+
+def _latent_kernel_size(cfg: MLAConfig, d_model: int) -> int:
+    query_width = cfg.num_heads * (cfg.nope_head_dim + cfg.rope_head_dim)
+    query = d_model * query_width if cfg.q_latent is None else cfg.q_latent * (d_model + query_width)
+    down = d_model * (cfg.kv_latent + cfg.rope_head_dim)
+    up = cfg.kv_latent * cfg.num_heads * (cfg.nope_head_dim + cfg.v_head_dim)
+    return query + down + up + cfg.num_heads * cfg.v_head_dim * d_model
