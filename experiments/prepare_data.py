@@ -17,14 +17,13 @@ from collections.abc import Mapping
 
 from absl import app, flags, logging
 
+from experiments import common
 from gptjax.data import clean, source, tokenizer, writer
 from gptjax.data.progress import ProgressLine
 
 _SOURCE = flags.DEFINE_string("source", "stdlib", str(source.__doc__).partition("\n\n")[2])
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Tokenizer to use: its path, `bytes`, or `characters` of the text. Without it one is trained."
-)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Its path, `bytes`, or `characters`; without it one is trained.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Pieces of the tokenizer to train.")
 _EVAL_FRACTION = flags.DEFINE_float("eval_fraction", 0.05, "Share of the documents to hold out, by a hash of their id.")
 _DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", True, "Leave out documents with text seen before.")
@@ -35,8 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     began = time.perf_counter()
-    out = pathlib.Path(_OUT.value)
-    text = source.open_source(_SOURCE.value)
+    out, text = pathlib.Path(_OUT.value), source.open_source(_SOURCE.value)
     if _DROP_DUPLICATES.value:
         documents = text.documents
         text = dataclasses.replace(text, documents=lambda: clean.drop_duplicates(documents()))
@@ -52,9 +50,8 @@ def main(argv: list[str]) -> None:
     }
     _print_table(summary)
     for part in ("train", "eval") if _EVAL_FRACTION.value else ("train",):
-        counts = _write_part(part, out / part, text, pieces)
+        summary[part] = counts = _write_part(part, out / part, text, pieces)
         _print_table({f"{part} {name}": value for name, value in counts.items()})
-        summary[part] = counts
     summary["seconds"] = round(time.perf_counter() - began, 2)
     summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -81,25 +78,23 @@ def _tokenizer(path: pathlib.Path, text: source.Source) -> tokenizer.Tokenizer:
         if found.vocab_size != _VOCAB_SIZE.value:
             raise ValueError(f"{path}: has {found.vocab_size} pieces, not {_VOCAB_SIZE.value}; choose another --out")
         return found
-    match _TOKENIZER.value:
-        case None:
-            logging.info("Training a tokenizer of %d pieces.", _VOCAB_SIZE.value)
-            train = source.split(text, "train", eval_fraction=_EVAL_FRACTION.value)
-            new = tokenizer.train_bpe((document.text for document in train), _VOCAB_SIZE.value)
-        case "bytes":
-            new = tokenizer.byte_level()
-        case "characters":
-            new = tokenizer.characters("".join({c for document in text.documents() for c in set(document.text)}))
-        case given:
-            new = tokenizer.load(given)
+    if _TOKENIZER.value == "bytes":
+        new = tokenizer.byte_level()
+    elif _TOKENIZER.value == "characters":
+        new = tokenizer.characters("".join({c for document in text.documents() for c in set(document.text)}))
+    elif _TOKENIZER.value:
+        new = tokenizer.load(_TOKENIZER.value)
+    else:
+        logging.info("Training a tokenizer of %d pieces.", _VOCAB_SIZE.value)
+        train = source.split(text, "train", eval_fraction=_EVAL_FRACTION.value)
+        new = tokenizer.train_bpe((document.text for document in train), _VOCAB_SIZE.value)
     return tokenizer.save(new, path)
 
 
 def _print_table(rows: Mapping[str, object]) -> None:
-    width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:{width}}  {value:,}" if type(value) is int else f"{name:{width}}  {value}")
+        print(f"{name:22}  {value:,}" if type(value) is int else f"{name:22}  {value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.start(main)

@@ -87,8 +87,9 @@ class TrainData:
         self._seq_len = seq_len
         self._seed = seed
         fingerprint = tokenizer.load(cfg.tokenizer).fingerprint
-        self._mixture = mixture.Mixture(cfg.train)
-        self._stores = [store_lib.open_store(path, fingerprint=fingerprint) for path in cfg.train]
+        # A config that was stored and read back may have its keys in another order.
+        self._mixture = mixture.Mixture(dict(sorted(cfg.train.items())))
+        self._stores = [store_lib.open_store(path, fingerprint=fingerprint) for path in self._mixture.names]
         self._plans = [packing.plan(store.starts, seq_len, cfg.packing) for store in self._stores]
 
     def __len__(self) -> int:

@@ -121,9 +121,13 @@ def _sniff(path: str) -> str:
 
 
 def _open_dir(where: str) -> Source:
-    root = pathlib.Path(glob.escape(where) if not glob.has_magic(where) else where)
-    pattern = str(root) if glob.has_magic(where) else str(root / "**" / "*")
-    base = _fixed_part(where)
+    base = pathlib.Path(where)
+    pattern = os.path.join(glob.escape(where), "**", "*")
+    if not base.is_dir():
+        pattern = where
+        # Ids start after the directories that are spelled out.
+        while glob.has_magic(str(base)):
+            base = base.parent
     # glob leaves out hidden files and directories (.git) by itself.
     files = {
         path.relative_to(base).as_posix(): path
@@ -133,14 +137,6 @@ def _open_dir(where: str) -> Source:
     if not files:
         raise ValueError(f"{where}: no files there; expected a directory of text, or a glob such as src/**/*.py")
     return Source(where, lambda: _read_files(files), _size(files.values()))
-
-
-def _fixed_part(where: str) -> pathlib.Path:
-    """The leading directories of a glob, which ids leave out."""
-    path = pathlib.Path(where)
-    while glob.has_magic(str(path)):
-        path = path.parent
-    return path
 
 
 def _open_text(where: str) -> Source:

@@ -146,6 +146,8 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
       ValueError: if nothing is there, a file is missing, cut or damaged, or the tokenizer is another.
     """
     directory = pathlib.Path(path)
+    if "://" in str(path):
+        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy it there first")
     if not (directory / META).is_file():
         partial = partial_path(directory)
         hint = f"{partial} is unfinished: run the same command again" if partial.is_dir() else HOW_TO_MAKE

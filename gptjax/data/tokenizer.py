@@ -158,7 +158,7 @@ def from_bytes(serialized: bytes) -> Tokenizer:
     raise ValueError(f"not a tokenizer: expected kind bytes or characters, got keys {sorted(description)}")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 28) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 27) -> Tokenizer:
     """Learns byte-pair merges with SentencePiece, set up for source code as much as for prose.
 
     Pieces may hold line ends and runs of blanks (eight spaces) and symbols beside letters (`self.`);

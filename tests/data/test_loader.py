@@ -151,6 +151,11 @@ def test_mixture_weights_are_kept_in_rows(cfg):
     assert loader.TrainData(cfg, seq_len=SEQ_LEN, seed=1).summaries()[1].share == 0.25
 
 
+def test_order_of_the_sources_in_the_config_does_not_matter(cfg):
+    turned = dataclasses.replace(cfg, train=dict(reversed(cfg.train.items())))
+    assert_equal(joined(take(cfg, 5)), joined(take(turned, 5)))
+
+
 def test_seed_changes_the_order(cfg):
     one, other = (joined(take(cfg, 5, seed=seed)) for seed in (1, 2))
     assert np.any(one.tokens != other.tokens)

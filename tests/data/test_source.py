@@ -80,6 +80,13 @@ def test_directory_of_files(tmp_path):
     assert ids(f"{tmp_path}/*/*.py") == ["sub/a.py"]
 
 
+def test_directory_named_like_a_glob(tmp_path):
+    directory = tmp_path / "a[1]"
+    directory.mkdir()
+    (directory / "b.txt").write_text("x")
+    assert ids(directory) == ids(f"dir:{directory}") == ["b.txt"]
+
+
 def test_single_text_is_split_at_its_end(tmp_path):
     (tmp_path / "book.txt").write_text("0123456789")
     book = source.open_source(str(tmp_path / "book.txt"))

@@ -170,6 +170,8 @@ def test_a_swapped_tokenizer_is_noticed(written):
 def test_nothing_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="none: no token store there; make one with experiments.prepare_data"):
         store.open_store(tmp_path / "none")
+    with pytest.raises(ValueError, match="gs://bucket/train: stores are memory-mapped"):
+        store.open_store("gs://bucket/train")
 
 
 def test_progress_counts_everything_once(tmp_path):
