@@ -91,7 +91,8 @@ def route(cfg: MoEConfig, logits_BTE: Array, balance_E: Array | None) -> tuple[A
 
 def _limit_groups(cfg: MoEConfig, choice_BTE: Array) -> Array:
     """Masks all but the best groups: by the sum of a group's two best experts where scores are
-    sigmoids (DeepSeek-V3, section 2.1.2), by its best expert where they are a softmax (V2)."""
+    sigmoids (DeepSeek-V3, section 2.1.2), by its best expert where they are a softmax (V2).
+    """
     if cfg.groups_per_token == cfg.num_groups:
         return choice_BTE
     grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], cfg.num_groups, -1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.nn.config import MLASpec, MoEConfig, ModelConfig, ModelSpec, RopeScaling
+from gptjax.nn.config import MLASpec, ModelConfig, ModelSpec, MoEConfig, RopeScaling
 
 TINY = ModelSpec(
     vocab_size=64,
