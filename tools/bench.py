@@ -29,7 +29,9 @@ _SECONDS = flags.DEFINE_float("seconds", 60.0, "How long to measure each task, a
 _PEERS = flags.DEFINE_list("peers", "", "Of transformers and nanogpt: what to run beside gptjax.")
 _PEERS_PYTHON = flags.DEFINE_string("peers_python", sys.executable, "Python that has the peers installed.")
 _NANOGPT_DIR = flags.DEFINE_string("nanogpt_dir", None, "Checkout of nanoGPT, for --peers=nanogpt.")
-_DEVICES = flags.DEFINE_list("devices", "1", "Simulated CPU devices that gptjax shares the batch over; one contestant each.")
+_DEVICES = flags.DEFINE_list(
+    "devices", "1", "Simulated CPU devices that gptjax shares the batch over; one contestant each."
+)
 
 _LLAMA = dict(kind="llama", num_layers=8, d_model=512, num_heads=8, num_kv_heads=4, d_ff=1408, vocab_size=8192)
 TASKS: Mapping[str, Mapping[str, Any]] = {

@@ -79,7 +79,10 @@ def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: 
     """The fewest chunks of a sequence whose float32 logits fit in `max_bytes`.
 
     Args:
-      num_rows: sequences in the batch; divide by the devices that share it.
+      num_rows: sequences of the batch that one device has.
+      seq_len: positions of each.
+      vocab_size: the part of the vocabulary that one device has.
+      max_bytes: what the logits of one chunk may take on a device.
     """
     per_position = 4 * num_rows * vocab_size
     fits = (n for n in range(1, seq_len + 1) if seq_len % n == 0 and per_position * (seq_len // n) <= max_bytes)
