@@ -116,6 +116,14 @@ def test_bfloat16_products_are_near_enough():
     np.testing.assert_allclose(jax.jit(muon._newton_schulz_bf16)(x), jax.jit(muon._newton_schulz)(x), atol=0.05)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_iterating_on_the_gram_matrix_is_the_same(rank):
+    x = normal(12, rank) @ normal(rank, 40, seed=1) + 1e-4 * normal(12, 40, seed=2)
+    x /= np.linalg.norm(x)
+    plain, gram = jax.jit(muon._newton_schulz)(x), jax.jit(muon._newton_schulz_gram)(x)
+    np.testing.assert_allclose(gram, plain, atol=1e-3 * np.max(np.abs(plain)))
+
+
 def test_momentum_is_like_the_parameters():
     params = {"w": normal(2, 8, 4, 2)}
     state = muon.scale_by_muon({"w": MatrixLayout(1, 1)}).init(params)
