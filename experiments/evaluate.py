@@ -19,7 +19,7 @@ from absl import app, flags
 from experiments import common
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The same as --ckpt; summary.json of the evaluation goes to eval/ in it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "As --ckpt; the summary goes to eval/summary.json in it.")
 _DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
 _STRIDE = flags.DEFINE_integer("stride", None, "Targets that each window adds; half of the context unless told.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once.")

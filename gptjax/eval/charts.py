@@ -59,7 +59,7 @@ def line_chart(
         path = "".join(f"{'L' if i else 'M'}{axes.x(x):.1f},{axes.y(y):.1f}" for i, (x, y) in enumerate(points))
         parts.append(f'<path class="line {s.style}" d="{path}"/>')
         if s.markers:
-            parts += [f'<circle class="dot {s.style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.2"/>' for x, y in points]
+            parts += [axes.dot(point, s.style) for point in points]
     parts.append(_hover_columns(drawn, axes, format_y))
     label = html.escape(", ".join(s.name for s, _ in drawn))
     return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -76,9 +76,9 @@ def bar_chart(bars: Sequence[Bar], *, format_value: Callable[[float], str]) -> s
     for i, bar in enumerate(bars):
         middle, length = row * (i + 0.5), max(bar.value * scale, 1.0)
         parts.append(
-            f'<text class="bar-name" x="{left - 12}" y="{middle + 5:.1f}" text-anchor="end">{html.escape(bar.name)}</text>'
+            f'{_text("bar-name", left - 12, middle + 5, html.escape(bar.name), anchor="end")}'
             f'<rect class="bar {bar.style}" x="{left}" y="{middle - 14:.1f}" width="{length:.1f}" height="28" rx="5"/>'
-            f'<text class="bar-value" x="{left + length + 9:.1f}" y="{middle + 5:.1f}">{format_value(bar.value)}</text>'
+            f'{_text("bar-value", left + length + 9, middle + 5, format_value(bar.value), anchor="start")}'
         )
     label = html.escape(", ".join(f"{bar.name} {format_value(bar.value)}" for bar in bars))
     return f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -86,7 +86,8 @@ def bar_chart(bars: Sequence[Bar], *, format_value: Callable[[float], str]) -> s
 
 def smooth(points: Points, *, half_life: float) -> list[tuple[float, float]]:
     """Exponential moving average over points with the given half-life (in points), bias-corrected
-    as Adam's moments are: the first value is the first point."""
+    as Adam's moments are: the first value is the first point.
+    """
     decay, total, weight, out = 0.5 ** (1 / max(half_life, 1e-9)), 0.0, 0.0, []
     for x, y in points:
         if not math.isfinite(y):
@@ -151,16 +152,18 @@ class _Axes:
         low, high = self._map(self.y_low), self._map(self.y_high)
         return HEIGHT - _BOTTOM - (self._map(value) - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
 
+    def dot(self, point: tuple[float, float], style: str) -> str:
+        return f'<circle class="dot {style}" cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" r="3.4"/>'
+
     def grid(self, format_y: Callable[[float], str]) -> str:
         y_ticks = log_ticks(self.y_low, self.y_high) if self._log_y else ticks(self.y_low, self.y_high, 5)
         parts = []
         for value in y_ticks:
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{_LEFT - 9}" y="{y + 4:.1f}" text-anchor="end">{format_y(value)}</text>')
+            parts.append(_text("tick", _LEFT - 9, y + 4, format_y(value), anchor="end"))
         for value in ticks(self.x_low, self.x_high, 6):
-            text = f"{value:,.0f}"
-            parts.append(f'<text class="tick" x="{self.x(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
+            parts.append(_text("tick", self.x(value), HEIGHT - 8, f"{value:,.0f}", anchor="middle"))
         base = HEIGHT - _BOTTOM
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
         return "".join(parts)
@@ -176,14 +179,17 @@ def _hover_columns(drawn: Sequence[tuple[Series, Points]], axes: _Axes, format_y
         if not near:
             continue
         x = axes.x(near[0][1][0])
-        dots = "".join(
-            f'<circle class="dot {s.style}" cx="{axes.x(px):.1f}" cy="{axes.y(py):.1f}" r="3.6"/>' for s, (px, py) in near
-        )
+        dots = "".join(axes.dot(point, s.style) for s, point in near)
         text = f"{near[0][1][0]:,.0f}  ·  " + "  ·  ".join(f"{s.name} {format_y(py)}" for s, (_, py) in near)
         anchor = "start" if x < WIDTH / 3 else "end" if x > WIDTH * 2 / 3 else "middle"
+        top, base = _TOP, HEIGHT - _BOTTOM
         parts.append(
-            f'<g class="hover"><rect x="{middle - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" height="{HEIGHT - _TOP - _BOTTOM}"/>'
-            f'<g><line class="cursor" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>{dots}'
-            f'<text class="callout" x="{x:.1f}" y="{_TOP - 3}" text-anchor="{anchor}">{html.escape(text)}</text></g></g>'
+            f'<g class="hover"><rect x="{middle - width / 2:.1f}" y="{top}" width="{width:.1f}" height="{base - top}"/>'
+            f'<g><line class="cursor" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{base}"/>{dots}'
+            f"{_text('callout', x, top - 3, html.escape(text), anchor=anchor)}</g></g>"
         )
     return "".join(parts)
+
+
+def _text(style: str, x: float, y: float, escaped: str, *, anchor: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped}</text>'

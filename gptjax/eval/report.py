@@ -193,15 +193,18 @@ def _parameters(parameters: Sequence[tuple[str, tuple[int, ...]]]) -> str:
     )
     head = "<tr><th>name</th><th>shape</th><th>elements</th><th>share</th><th></th></tr>"
     foot = f"<tr><td>all</td><td></td><td>{total:,}</td><td></td><td></td></tr>"
-    return f'<div class="scroll"><table class="parameters"><thead>{head}</thead><tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div>'
+    table = f"<thead>{head}</thead><tbody>{rows}</tbody><tfoot>{foot}</tfoot>"
+    return f'<div class="scroll"><table class="parameters">{table}</table></div>'
 
 
 def _config(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
     groups: dict[str, list[tuple[str, Any]]] = {}
-    for key, value in config_lib.flatten(config) if config else ():
+    for key, value in config_lib.flatten(config):
         section, _, name = key.rpartition(".")
         groups.setdefault(section, []).append((name, value))
-    return '<div class="config">' + "".join(_config_group(*item) for item in groups.items()) + "</div>" if groups else ""
+    return '<div class="config">' + "".join(_config_group(*item) for item in groups.items()) + "</div>"
 
 
 def _config_group(section: str, items: Sequence[tuple[str, Any]]) -> str:

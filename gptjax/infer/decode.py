@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -107,9 +108,9 @@ def decode(
             cfg, params, state.last_B[:, None], positions_BT=positions_B1, cache=state.cache
         )
         draw = _draw(cfg, params, output.hidden_BTD[:, 0], state, sampling)
-        return _append(state.replace(cache=output.cache), draw, eos_ids)
+        return _append(dataclasses.replace(state, cache=output.cache), draw, eos_ids)
 
-    return jax.lax.while_loop(go_on, step, state.replace(done_B=state.done_B | ended_B))
+    return jax.lax.while_loop(go_on, step, dataclasses.replace(state, done_B=state.done_B | ended_B))
 
 
 def _draw(cfg: ModelConfig, params: Params, hidden_BD: Array, state: DecodeState, sampling: RowSampling) -> Draw:
@@ -125,7 +126,8 @@ def _append(state: DecodeState, draw: Draw, eos_ids: Array) -> DecodeState:
     slot_B = jnp.where(state.done_B, state.tokens_BN.shape[1], state.num_B)
     live_B = (~state.done_B).astype(jnp.int32)
     seen_BV = state.seen_BV
-    return state.replace(
+    return dataclasses.replace(
+        state,
         last_B=draw.token_B,
         position_B=state.position_B + live_B,
         tokens_BN=state.tokens_BN.at[row_B, slot_B].set(draw.token_B, mode="drop"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.nn import transformer
-from gptjax.nn.config import MLASpec, MoEConfig, ModelSpec
+from gptjax.nn.config import MLASpec, ModelSpec, MoEConfig
 
 TINY = ModelSpec(
     vocab_size=67,
