@@ -1,7 +1,7 @@
-"""Speed of gptjax on five small tasks, beside other libraries in the same run; one JSON line per task.
+r"""Speed of gptjax on five small tasks, beside other libraries in the same run; one JSON line per task.
 
     python tools/bench.py --tasks=T1,T2 --seconds=60
-    python tools/bench.py --peers=transformers,nanogpt --peers_python=<venv with torch>/bin/python \\
+    python tools/bench.py --peers=transformers,nanogpt --peers_python=<venv with torch>/bin/python \
         --nanogpt_dir=<checkout>
 
 Every contestant is a process of its own that keeps its compiled step; they take turns, one
@@ -33,18 +33,30 @@ _DEVICES = flags.DEFINE_list(
     "devices", "1", "Simulated CPU devices that gptjax shares the batch over; one contestant each."
 )
 
-_LLAMA = dict(kind="llama", num_layers=8, d_model=512, num_heads=8, num_kv_heads=4, d_ff=1408, vocab_size=8192)
+_CHARACTERS = {"kind": "gpt2", "vocab_size": 65}
+_SUBWORDS = {"num_heads": 8, "num_kv_heads": 4, "vocab_size": 8192}
+_LLAMA = {"kind": "llama", "num_layers": 8, "d_model": 512, "d_ff": 1408, "seq_len": 512, **_SUBWORDS}
+_EXPERTS = {"num_experts": 8, "num_experts_per_token": 2}
+_DECODING = {"prompt_tokens": 64, "new_tokens": 128}
+
+
+def _sizes(num_layers: int, num_heads: int, d_model: int, seq_len: int, batch_size: int) -> dict[str, int]:
+    heads = {"num_heads": num_heads, "num_kv_heads": num_heads}
+    widths = {"d_model": d_model, "d_ff": 4 * d_model}
+    return {"num_layers": num_layers, "seq_len": seq_len, "batch_size": batch_size, **heads, **widths}
+
+
 TASKS: Mapping[str, Mapping[str, Any]] = {
-    "T1": dict(kind="gpt2", num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=512, vocab_size=65, seq_len=64, batch_size=12),
-    "T2": dict(kind="gpt2", num_layers=6, d_model=384, num_heads=6, num_kv_heads=6, d_ff=1536, vocab_size=65, seq_len=256, batch_size=16),
-    "T3": dict(_LLAMA, seq_len=512, batch_size=4),
-    "T4": dict(kind="mixtral", num_layers=4, d_model=256, num_heads=8, num_kv_heads=4, d_ff=512, vocab_size=8192, num_experts=8, num_experts_per_token=2, seq_len=256, batch_size=4),
-    "T5b1": dict(_LLAMA, seq_len=512, batch_size=1, prompt_tokens=64, new_tokens=128),
-    "T5b8": dict(_LLAMA, seq_len=512, batch_size=8, prompt_tokens=64, new_tokens=128),
-}  # fmt: skip
+    "T1": _CHARACTERS | _sizes(4, 4, 128, 64, 12),
+    "T2": _CHARACTERS | _sizes(6, 6, 384, 256, 16),
+    "T3": _LLAMA | {"batch_size": 4},
+    "T4": _SUBWORDS
+    | _EXPERTS
+    | {"kind": "mixtral", "num_layers": 4, "d_model": 256, "d_ff": 512, "seq_len": 256, "batch_size": 4},
+    "T5b1": _LLAMA | _DECODING | {"batch_size": 1},
+    "T5b8": _LLAMA | _DECODING | {"batch_size": 8},
+}
 _HERE = Path(__file__).resolve().parent
-# A measurement repeats short steps until it has lasted this long.
-_MIN_MEASUREMENT_SECONDS = 0.2
 
 
 class Contestant:
@@ -121,16 +133,15 @@ def _run_task(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     tokens = task["batch_size"] * task.get("new_tokens", task["seq_len"])
     figures = {contestant.name: contestant.finish(tokens) for contestant in contestants}
     first = figures[contestants[0].name]
-    ratios = {
-        peer: {
-            key: round(figures[peer][f"{part}_ms"][key] / first[f"{part}_ms"][key], 2)
-            for part, key in (("step", "median"), ("step", "best"))
-        }
-        | {"processor": round(figures[peer]["processor_ms"]["median"] / first["processor_ms"]["median"], 2)}
-        for peer in figures
-        if peer != contestants[0].name
-    }
+    ratios = {peer: _ratios(first, theirs) for peer, theirs in figures.items() if theirs is not first}
     return {"task": name, "shape": dict(task), "figures": figures, f"{contestants[0].name}_is_faster_by": ratios}
+
+
+def _ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
+    """How many times longer a step of theirs takes."""
+    wall, processor = "step_ms", "processor_ms"
+    figures = {"median": (wall, "median"), "best": (wall, "best"), "processor": (processor, "median")}
+    return {name: round(theirs[part][key] / ours[part][key], 2) for name, (part, key) in figures.items()}
 
 
 def _entries(task: Mapping[str, Any]) -> list[tuple[str, list[str], dict[str, str]]]:

@@ -74,7 +74,7 @@ def test_packed_rows_match_the_definition(case):
     options = dict(
         q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments, scale=0.3
     )
-    got = attention(q, k, v, **options, **_CASES[case])
+    got = jax.jit(lambda q, k, v: attention(q, k, v, **options, **_CASES[case]))(q, k, v)
     np.testing.assert_allclose(got, _by_hand(q, k, v, **options, **_CASES[case]), rtol=1e-5, atol=1e-5)
     assert not np.asarray(got[:, -2:]).any()
 
@@ -89,7 +89,7 @@ def test_cached_keys_match_the_definition(length):
     np.testing.assert_allclose(got, _by_hand(q, k, v, **options), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", _CASES)
+@pytest.mark.parametrize("case", ["bidirectional", "window", "sinks"])
 def test_chunks_change_nothing(case, monkeypatch):
     q, k, v = _operands(length=16)
     positions, segments = _packed(2, 16)
@@ -104,7 +104,7 @@ def test_chunks_change_nothing(case, monkeypatch):
             )  # fmt: skip
             return jnp.sum(jnp.sin(o)), o
 
-        return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     assert len(attention_lib._chunks(16, in_order=True, window=None)) == 1
     whole = run(16)
@@ -123,7 +123,9 @@ def test_gradients_match_finite_differences():
             softcap=4.0, sinks_N=sinks,
         )  # fmt: skip
 
-    test_util.check_grads(fn, (q, k, v, jnp.asarray([0.1, -0.2])), order=1, modes=["rev"], rtol=2e-2, atol=2e-2)
+    test_util.check_grads(
+        jax.jit(fn), (q, k, v, jnp.asarray([0.1, -0.2])), order=1, modes=["rev"], rtol=2e-2, atol=2e-2
+    )
 
 
 def test_hidden_rows_have_zero_gradients():
@@ -183,7 +185,7 @@ def test_splash_matches_the_plain_form(case):
     request = _request(**options)
 
     def run(fn):
-        return jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v))), (0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(fn(q, k, v))), (0, 1, 2)))(q, k, v)
 
     got = run(lambda q, k, v: attention_fused.splash(request, q, k, v, segments, lambda: None, interpret=True))
     want = run(
