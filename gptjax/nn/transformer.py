@@ -18,6 +18,7 @@ from gptjax.nn.config import AttentionConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
 from gptjax.nn.linear import compute_dtype, einsum
 from gptjax.nn.norm import Norm
+from gptjax.parallel import rules
 from gptjax.parallel.mesh import platform
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array, ModelOutput, Params
@@ -167,7 +168,8 @@ def _abstract_boxed(cfg: ModelConfig) -> Any:
         tokens = jnp.zeros((1, 2), jnp.int32)
         return Transformer(cfg).init(jax.random.key(0), tokens, tokens, None, None)["params"]
 
-    return jax.eval_shape(declared)
+    with rules.unsplit():
+        return jax.eval_shape(declared)
 
 
 def _is_box(leaf: Any) -> bool:

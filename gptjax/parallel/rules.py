@@ -60,6 +60,7 @@ PRESETS: Mapping[str, Rules] = {
 }
 
 _active: contextvars.ContextVar[Rules] = contextvars.ContextVar("partitioning_rules", default=STANDARD)
+_unsplit: contextvars.ContextVar[bool] = contextvars.ContextVar("unsplit", default=False)
 
 
 @contextlib.contextmanager
@@ -72,6 +73,16 @@ def use(preset: str) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+@contextlib.contextmanager
+def unsplit() -> Iterator[None]:
+    """Traces what is inside as if no mesh were set: to find shapes with a batch too small to split."""
+    token = _unsplit.set(True)
+    try:
+        yield
+    finally:
+        _unsplit.reset(token)
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
@@ -99,7 +110,7 @@ def spec(*names: str | None) -> PartitionSpec:
 def current_mesh() -> Mesh | None:
     """The mesh set by `jax.set_mesh`, or None where none is set or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh  # type: ignore[return-value]
+    return None if mesh.empty or mesh.size == 1 or _unsplit.get() else mesh  # type: ignore[return-value]
 
 
 def axis_size(mesh: Mesh, name: str) -> int:

@@ -198,8 +198,7 @@ def _evaluation(cfg: RunConfig, setup: Setup) -> Hook:
         batch_size=cfg.data.batch_size,
         seq_len=cfg.model.seq_len,
         max_batches=cfg.train.eval_batches or None,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
+        **_host_rows(cfg),
     )
     evaluate = evaluator(
         setup.objective,
@@ -236,10 +235,16 @@ def _train_batches(cfg: RunConfig, *, start_step: int) -> Iterator[Batch]:
         seq_len=cfg.model.seq_len,
         seed=cfg.seed,
         start_step=start_step,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
+        **_host_rows(cfg),
     )
     return iter(GlobalBatches(host_batches))
+
+
+def _host_rows(cfg: RunConfig) -> dict[str, int]:
+    """The part of each batch that this process loads; hosts that split heads or a sequence load the same rows."""
+    sharding: NamedSharding = rules.batch_sharding(jax.sharding.get_mesh())
+    group, num_groups = hosts.row_group(sharding, (cfg.data.batch_size, cfg.model.seq_len))
+    return {"host": group, "num_hosts": num_groups}
 
 
 def _summary(

@@ -1,0 +1,70 @@
+"""Two real processes of four devices each are one machine of eight."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import portpicker
+import pytest
+
+from gptjax import config as config_lib
+from gptjax.train.metrics import read_metrics
+from gptjax.train.run import run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CHILD = """
+import json, sys
+from gptjax.parallel import hosts
+hosts.initialize()
+import jax
+assert jax.process_count() == 2 and jax.local_device_count() == 4
+from gptjax import config
+from gptjax.train.run import RunConfig, run
+run(config.from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2])
+"""
+MOE = {"num_experts": 4, "num_experts_per_token": 2, "d_ff": 16, "activation": "swiglu"}
+
+
+def run_on_two_hosts(cfg, workdir):
+    port = portpicker.pick_unused_port()
+    children = []
+    for process in range(2):
+        env = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(process),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4",
+        }
+        command = [sys.executable, "-c", CHILD, json.dumps(config_lib.to_dict(cfg)), str(workdir)]
+        children.append(
+            subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+    for child, output in zip(children, outputs, strict=True):
+        assert child.returncode == 0, output[-4000:]
+
+
+def figures(workdir):
+    lines = [line for line in read_metrics(workdir) if "loss" in line or "eval/loss" in line]
+    return [(line["step"], name, line[name]) for line in lines for name in ("loss", "eval/loss", "grad_norm") if name in line]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moe"),
+    [
+        ({"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}, None),
+        # Both hosts hold parts of every row.
+        ({"data": 1, "fsdp": 1, "expert": 1, "context": 4, "tensor": 2}, None),
+        ({"data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}, MOE),
+    ],
+    ids=["fsdp_tensor", "context_tensor", "expert"],
+)
+def test_two_hosts_compute_what_one_does(mesh, moe, run_config, data_dir, tmp_path):
+    cfg = run_config(mesh=mesh, model__moe=moe, data__eval=str(data_dir / "eval"), train__eval_every=3, train__num_steps=3)
+    run(cfg, tmp_path / "one")
+    run_on_two_hosts(cfg, tmp_path / "two")
+    one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert len(one) >= 7 and [key[:2] for key in one] == [key[:2] for key in two]
+    assert [value for *_, value in two] == pytest.approx([value for *_, value in one], rel=1e-5)
