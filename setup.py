@@ -7,10 +7,10 @@ from setuptools import find_packages, setup
 
 CORE = [
     "absl-py>=2.1",
+    "etils[epath]>=1.9",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2",
-    "matplotlib>=3.9",
     "ml-collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
@@ -30,6 +30,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "import-linter>=2.3",
         "mypy>=1.15",
+        "portpicker>=1.6",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.11",

@@ -16,12 +16,12 @@ def get_config(data_dir: str = "runs/demo/data") -> ConfigDict:
     config = base.get_config()
     config.name = "demo"
     config.model = base.llama(
-        vocab_size=4096, seq_len=512, d_model=256, num_layers=6, num_heads=4, num_kv_heads=4, d_ff=704,
-        tie_embeddings=True, rope_theta=10_000.0,
+        vocab_size=4096, seq_len=512, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=704,
+        tie_embeddings=True, rope_theta=10_000.0, qk_norm=True,
     )  # fmt: skip
     config.data = base.data(data_dir, batch_size=8)
-    config.optim = base.muon(learning_rate=0.01, warmup_steps=20)
-    config.train.num_steps = 400
-    config.train.checkpoint_every = 100
-    config.train.eval_every = 200
+    config.optim = base.muon(learning_rate=0.01, warmup_steps=20, decay_fraction=0.4)
+    config.train.num_steps = 450
+    config.train.checkpoint_every = 50
+    config.train.eval_every = 150
     return config.lock()

@@ -1,6 +1,6 @@
 """GPT-2 small, 124,439,808 parameters, on web text.
 
-Command   python -m experiments.prepare_data --source=<OpenWebText as jsonl.zst> --tokenizer=<gpt2> --out=data/openwebtext
+Command   python -m experiments.prepare_data --source=<jsonl.zst> --vocab_size=50257 --out=data/openwebtext
           python -m experiments.pretrain --config=configs/gpt2_124m.py --workdir=gs://<bucket>/gpt2_124m
 Hardware  one host of 8 x A100 or TPU v5p-16; any number of devices that divides 480 rows.
 Time      300 G tokens are 2.6e20 FLOPs: 4 days on 8 x A100 (nanoGPT), 2.5 days on v5p-16 at 35 % MFU.

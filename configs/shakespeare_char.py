@@ -1,6 +1,7 @@
 """A character-level model of Shakespeare, nanoGPT's example for a laptop.
 
-Command   python -m experiments.prepare_data --source=<tinyshakespeare.txt> --tokenizer=characters --out=data/shakespeare_char
+Command   python -m experiments.prepare_data --source=text:<tinyshakespeare.txt> --tokenizer=characters
+              --eval_fraction=0.1 --out=data/shakespeare_char
           python -m experiments.pretrain --config=configs/shakespeare_char.py --workdir=runs/shakespeare_char
 Hardware  2 CPU cores.
 Time      2 minutes.

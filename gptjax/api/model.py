@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config as config_lib
 from gptjax.api import presets
 from gptjax.api.text import GPT4Tokenizer
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint import store
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.infer import generate
-from gptjax.infer.sampling import SamplingConfig
 from gptjax.kernels import cross_entropy
+from gptjax.model import Model, load
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig, ModelSpec
 from gptjax.types import Array, Params
@@ -73,9 +71,9 @@ class GPT4LMHeadModel:
         """
         if presets.is_preset(path):
             presets.refuse_weights(os.fspath(path))
-        meta, params = store.restore_params(path)
-        tokenizer = GPT4Tokenizer.from_pretrained(path) if meta.tokenizer else None
-        return cls(meta.model, params, tokenizer=tokenizer)
+        found = load(path)
+        tokenizer = GPT4Tokenizer(found.tokenizer) if found.tokenizer else None
+        return cls(found.config, found.params, tokenizer=tokenizer)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint, with the tokenizer where there is one, as step 0 of a new workdir.
@@ -114,24 +112,17 @@ class GPT4LMHeadModel:
         loss = _mean_loss(logits_BTV[:, : tokens_BT.shape[1] - shift], _rows(labels)[:, shift:])
         return LMOutput(loss, logits_BTV)
 
-    def generate(self, input_ids: Any, *, max_new_tokens: int, seed: int = 0, **sampling: float) -> list[list[int]]:
-        """Prompts and what the model writes after them, as token ids.
+    def generate(self, input_ids: Any, *, max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Prompts and what the model writes after them, as token ids; greedy unless a temperature is given.
 
         Args:
           input_ids: one prompt or several, which may differ in length.
           max_new_tokens: a completion ends after so many, or with the tokenizer's end token.
-          seed: of the draws.
-          sampling: fields of `infer.sampling.SamplingConfig`, such as `temperature=0.8`; greedy without any.
+          options: the others of `gptjax.Model.options`: temperature, top_k, top_p, seed and so on.
         """
         prompts = _prompts(input_ids)
-        eos_id = self.tokenizer.eos_token_id if self.tokenizer else None
-        config = generate.GenerateConfig(
-            max_new_tokens=max_new_tokens,
-            sampling=config_lib.from_dict(SamplingConfig, sampling, path="generate"),
-            eos_ids=() if eos_id is None else (eos_id,),
-            seed=seed,
-        )
-        completions = generate.generate(self.config, self.params, prompts=prompts, config=config)
+        model = Model(self.config, self.params, self.tokenizer.inner if self.tokenizer else None)
+        completions = model.complete(prompts, max_new_tokens=max_new_tokens, **options)
         return [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, completions, strict=True)]
 
     def num_parameters(self) -> int:

@@ -31,7 +31,7 @@ def size(name: str) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.abstract_params(spec_of(name).build())))
 
 
-def llama_size(*, vocab: int, d: int, layers: int, heads: int, kv_heads: int, ff: int, experts: int = 0, tied=False) -> int:
+def llama_size(*, vocab: int, d: int, layers: int, heads: int, kv_heads: int, ff: int, experts=0, tied=False) -> int:
     head_dim = d // heads
     attention = d * heads * head_dim * 2 + d * kv_heads * head_dim * 2
     mlp = 3 * d * ff * max(experts, 1) + d * experts
@@ -47,6 +47,8 @@ def gpt2_size(*, vocab: int, context: int, d: int, layers: int, biases: bool) ->
 SIZES = {
     "base": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=768, tied=True),
     "shakespeare_char": gpt2_size(vocab=65, context=64, d=128, layers=4, biases=False),
+    # With two norms of 64 numbers in each layer, for queries and keys.
+    "demo": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=704, tied=True) + 4 * 2 * 64,
     "gpt2_124m": 124_439_808,
     "llama_1b": 1_235_814_400,
     "llama_8b": 8_030_261_248,
