@@ -1,0 +1,75 @@
+import json
+import math
+
+import pytest
+
+from gptjax.train import metrics
+from gptjax.train.metrics import MetricsWriter, read_metrics
+
+
+def write(workdir, steps, *, start_step=0, loss=float):
+    writer = MetricsWriter(workdir, start_step=start_step)
+    for step in steps:
+        writer.on_values(step, {"loss": loss(step)})
+    writer.close()
+
+
+def test_a_resumed_record_drops_the_lines_past_the_checkpoint(tmp_path):
+    write(tmp_path, range(1, 8))
+    write(tmp_path, range(5, 10), start_step=4, loss=lambda step: step + 0.5)
+    assert [(x["step"], x["loss"]) for x in read_metrics(tmp_path)] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 5.5), (6, 6.5), (7, 7.5), (8, 8.5), (9, 9.5),
+    ]  # fmt: skip
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    write(tmp_path, range(1, 4))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 2, 3]
+    write(tmp_path, [4], start_step=3)
+    assert [x["step"] for x in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    writer = MetricsWriter(tmp_path, start_step=0)
+    writer.on_values(1, {"loss": 2.0})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
+    writer.close()
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    write(tmp_path, [1, 2], loss=lambda step: math.nan if step == 1 else math.inf)
+    assert [x["loss"] for x in read_metrics(tmp_path)] == [None, None]
+
+
+def test_an_object_store_gets_the_whole_file_now_and_then(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    path = metrics.epath.Path(tmp_path / "run" / "metrics.jsonl")
+    lines = metrics._RemoteLines(path, [{"step": 1}])
+    lines.append({"step": 2})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    lines.append({"step": 3})
+    assert path.read_text().count("\n") == 2
+    now[0] += 61
+    lines.append({"step": 4})
+    assert path.read_text().count("\n") == 4
+    lines.append({"step": 5})
+    lines.close()
+    assert path.read_text().count("\n") == 5
+
+
+def test_tensorboard_has_the_same_figures(tmp_path):
+    event_file_loader = pytest.importorskip("tensorboardX.record_writer")
+    del event_file_loader
+    write(tmp_path, range(1, 4))
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"loss") >= 3
+
+
+def test_json_is_replaced_whole(tmp_path):
+    metrics.write_json(tmp_path / "a" / "summary.json", {"x": 1})
+    metrics.write_json(tmp_path / "a" / "summary.json", {"x": 2})
+    assert json.loads((tmp_path / "a" / "summary.json").read_text()) == {"x": 2}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["summary.json"]

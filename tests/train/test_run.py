@@ -1,0 +1,212 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import config as config_lib
+from gptjax.checkpoint import store as store_lib
+from gptjax.data import source, writer
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.nn import transformer
+from gptjax.train import hooks as hooks_lib
+from gptjax.train import run as run_lib
+from gptjax.train.health import DivergedError
+from gptjax.train.metrics import read_metrics
+from gptjax.train.run import run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def losses(workdir):
+    """What must not depend on interruptions: everything but clocks."""
+    clocks = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in read_metrics(workdir)]
+
+
+def files_under(directory):
+    return {str(path): path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
+
+
+
+
+def test_a_run_leaves_its_summary_metrics_config_and_checkpoints(run_config, tmp_path, data_dir):
+    cfg = run_config(data__eval=str(data_dir / "eval"), train__eval_every=3, train__profile_steps=(2, 3))
+    summary = run(cfg, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(cfg)
+    assert (summary["outcome"], summary["step"], summary["name"]) == ("finished", 6, "tiny")
+    assert summary["num_params"] == sum(x.size for x in jax.tree.leaves(transformer.abstract_params(cfg.model.build())))
+    assert 0.8 * 6 * 8 * 16 < summary["train_tokens"] <= 6 * 8 * 16
+    assert summary["wall_seconds"] > 0 and summary["peak_memory_bytes"] > 10**7 and summary["tokens_per_second"] > 0
+    assert summary["eval/bits_per_byte"] == pytest.approx(summary["eval/loss"] / np.log(2), rel=0.1)  # bytes are tokens
+    assert summary["eval_ema/loss"] != summary["eval/loss"]
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["3", "6"]
+    steps = [line["step"] for line in read_metrics(tmp_path) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert list((tmp_path / "tensorboard").iterdir()) and list((tmp_path / "profile").rglob("*.xplane.pb"))
+    meta = store_lib.read_meta(tmp_path / "ckpt" / "6")
+    assert (meta.step, meta.run, meta.model) == (6, config_lib.to_dict(cfg), cfg.model.build())
+    assets = store_lib.read_assets(tmp_path / "ckpt" / "6")
+    assert tokenizer_lib.from_bytes(assets[tokenizer_lib.FILE_NAME]).fingerprint == meta.tokenizer
+
+    before = files_under(tmp_path)
+    assert run(cfg, tmp_path) == summary
+    assert files_under(tmp_path) == before, "a finished run is left as it is"
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_config, tmp_path, data_dir, monkeypatch):
+    cfg = run_config(data__eval=str(data_dir / "eval"), train__checkpoint_every=100)
+    whole = run(cfg, tmp_path / "whole")
+
+    class Stop(hooks_lib.ProgressLine):
+        def before_step(self, step):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks_lib, "ProgressLine", Stop)
+        stopped = run(cfg, tmp_path / "parts")
+    assert (stopped["outcome"], stopped["step"]) == ("stopped", 4)
+    assert store_lib.committed_steps(tmp_path / "parts" / "ckpt") == [4]
+    assert losses(tmp_path / "parts")[:4] == losses(tmp_path / "whole")[:4]
+    finished = run(cfg, tmp_path / "parts")
+    get = [line for line in losses(tmp_path / "parts") if len(line) > 1]
+    assert get == [line for line in losses(tmp_path / "whole") if len(line) > 1]
+    assert finished["train_tokens"] == whole["train_tokens"] and finished["wall_seconds"] > stopped["wall_seconds"]
+    ends = [store_lib.restore_params(tmp_path / name / "ckpt" / "6")[1] for name in ("whole", "parts")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_kill_9_and_resume_gives_the_same_losses_to_the_last_bit(run_config, tmp_path):
+    cfg = run_config(train__num_steps=9)
+    killed = tmp_path / "killed"
+    # The process kills itself as step 9 is about to start: past its checkpoint at 6, with the line of 7 written.
+    script = """
+import json, os, signal, sys
+from gptjax import config
+from gptjax.train import hooks, run
+def before_step(self, step):
+    if step == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+hooks.ProgressLine.before_step = before_step
+run.run(config.from_dict(run.RunConfig, json.loads(sys.argv[1])), sys.argv[2])
+"""
+    command = [sys.executable, "-c", script, json.dumps(config_lib.to_dict(cfg)), str(killed)]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert [line["step"] for line in losses(killed) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert store_lib.committed_steps(killed / "ckpt")[-1] in (3, 6)
+    run(cfg, killed)
+    run(cfg, tmp_path / "whole")
+    assert [x for x in losses(killed) if "loss" in x] == [x for x in losses(tmp_path / "whole") if "loss" in x]
+
+
+def test_only_free_keys_may_change_when_a_run_goes_on(run_config, tmp_path):
+    run(run_config(), tmp_path)
+    before = files_under(tmp_path)
+    with pytest.raises(ValueError, match=r"another config \(old -> new\):\n  optim.learning_rate: 0.01 -> 0.02\n"):
+        run(run_config(optim__learning_rate=0.02, train__num_steps=9), tmp_path)
+    assert files_under(tmp_path) == before
+    longer = run_config(train__num_steps=7, train__accumulate_steps=2, mesh=dict(data=2, fsdp=2, expert=1, context=1, tensor=2))
+    summary = run(longer, tmp_path)
+    assert (summary["step"], summary["outcome"]) == (7, "finished")
+    assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(longer)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        run(run_config(seed=2), tmp_path)
+
+
+def test_another_mesh_and_accumulation_give_the_same_losses(run_config, tmp_path):
+    one, many = run_config(), run_config(mesh=dict(data=2, fsdp=2, expert=1, context=1, tensor=2), train__accumulate_steps=2)
+    run(one, tmp_path / "one")
+    run(many, tmp_path / "many")
+    for name in ("loss", "grad_norm", "param_norm"):
+        values = [[x[name] for x in losses(tmp_path / d) if "loss" in x] for d in ("one", "many")]
+        np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
+
+
+def test_masked_lm_runs(run_config, tmp_path):
+    summary = run(run_config(train__objective="masked_lm", train__num_steps=1), tmp_path)
+    assert np.isfinite(summary["loss"])
+    assert not store_lib.read_meta(tmp_path / "ckpt" / "1").model.causal
+
+
+def test_nan_from_step_one_saves_nothing_and_names_the_step(run_config, tmp_path, monkeypatch):
+    real = transformer.init
+    monkeypatch.setattr(transformer, "init", lambda *args: jax.tree.map(lambda x: x * np.nan, real(*args)))
+    with pytest.raises(DivergedError, match="step 1: loss=nan"):
+        run(run_config(train__checkpoint_every=1), tmp_path)
+    assert store_lib.committed_steps(tmp_path / "ckpt") == []
+
+
+def test_a_nan_later_leaves_the_good_checkpoints(run_config, tmp_path, monkeypatch):
+    run(run_config(train__num_steps=3), tmp_path)
+    good = files_under(tmp_path / "ckpt")
+    real = run_lib._restore
+
+    def poisoned(*args):
+        state = real(*args)
+        return state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+
+    monkeypatch.setattr(run_lib, "_restore", poisoned)
+    with pytest.raises(DivergedError, match="the last 20 steps were all skipped"):
+        run(run_config(train__num_steps=40, train__checkpoint_every=0), tmp_path)
+    assert files_under(tmp_path / "ckpt") == good
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_config, tmp_path):
+    run(run_config(), tmp_path)
+    (tmp_path / "ckpt" / "6" / "meta" / "metadata").write_text("{")
+    before = files_under(tmp_path)
+    with pytest.raises(ValueError, match=r"ckpt/6.* cannot be read"):
+        run(run_config(train__num_steps=9), tmp_path)
+    assert {k: v for k, v in files_under(tmp_path).items() if "/ckpt/" in k} == {
+        k: v for k, v in before.items() if "/ckpt/" in k
+    }
+    assert losses(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__batch_size": 6, "mesh": dict(data=4, fsdp=1, expert=1, context=1, tensor=1)}, "expected a multiple of 4"),
+        ({"train__accumulate_steps": 3}, "data.batch_size=8: expected a multiple of 3"),
+        ({"mesh": dict(data=16, fsdp=1, expert=1, context=1, tensor=1)}, "does not fit 8 device"),
+        ({"model__seq_len": 18, "mesh": dict(data=1, fsdp=1, expert=1, context=8, tensor=1)}, "expected a multiple of mesh.con"),
+        ({"model__vocab_size": 512}, "the tokenizer .* has 260 pieces; expected 260, or 384"),
+        ({"data__tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
+        ({"data__train": {"/nowhere": 1.0}}, "/nowhere"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_written(run_config, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(run_config(**changes), tmp_path / "workdir")
+    assert not (tmp_path / "workdir" / "metrics.jsonl").exists()
+
+
+def test_a_vocabulary_rounded_up_to_128_is_accepted(run_config, tmp_path):
+    assert run(run_config(model__vocab_size=384), tmp_path)["outcome"] == "finished"
+
+
+def test_another_tokenizer_is_refused_on_resume(run_config, tmp_path):
+    words = ["if else return def pass " * 20, "import os, sys; print(x + 1) " * 20, "(a, b) = [c] * 10 " * 20]
+    data = tmp_path / "data"
+    cfg = run_config(
+        model__vocab_size=384, data__tokenizer=str(data), data__train={str(data): 1.0}, data__batch_size=8
+    )
+    for pieces in (tokenizer_lib.byte_level(), tokenizer_lib.train_bpe(words * 5, 300)):
+        shutil.rmtree(data, ignore_errors=True)
+        documents = (source.Document(str(i), text) for i, text in enumerate(words))
+        writer.write_store(data, documents, pieces, description="words")
+        if pieces.kind == "bytes":
+            run(cfg, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"ckpt/6: its tokens are those of tokenizer .* started with"):
+        run(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_steps=9)), tmp_path / "run")
