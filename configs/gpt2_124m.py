@@ -3,7 +3,7 @@
 Command   python -m experiments.prepare_data --source=<jsonl.zst> --vocab_size=50257 --out=data/openwebtext
           python -m experiments.pretrain --config=configs/gpt2_124m.py --workdir=gs://<bucket>/gpt2_124m
 Hardware  one host of 8 x A100 or TPU v5p-16; any number of devices that divides 480 rows.
-Time      300 G tokens are 2.6e20 FLOPs: 4 days on 8 x A100 (nanoGPT), 2.5 days on v5p-16 at 35 % MFU.
+Time      300 G tokens are 2.4e20 FLOPs: 4 days on 8 x A100 (nanoGPT), 2 days on v5p-16 at 35 % MFU.
 Metric    held-out loss 2.85 (nanoGPT's README; the released GPT-2 has 3.11 without training on this set).
 Source    Radford et al. 2019; hyperparameters of nanoGPT config/train_gpt2.py: 0.5 M tokens a step, 600,000 steps.
 """

@@ -2,7 +2,7 @@
 
 Command   python -m experiments.pretrain --config=configs/gpt4_1t8_moe.py --workdir=gs://<bucket>/gpt4_1t8_moe
 Hardware  TPU v5p-8192 (4,096 chips): experts over 16 devices, 4-way tensor parallelism, 64-way full sharding.
-Time      13 T tokens are 2.1e25 FLOPs: 13 months on 4,096 v5p chips at 35 % MFU; 400,000 steps of 32 M tokens.
+Time      13 T tokens are 2.2e25 FLOPs: 13 months on 4,096 v5p chips at 35 % MFU; 400,000 steps of 32 M tokens.
 Metric    none is known.
 Source    no publication states GPT-4's sizes. Press and analysts report about 1.8 T parameters, 120 layers, 16 experts,
           two of them per token, 13 T tokens; width, heads and d_ff here are ours, chosen to meet that total.

@@ -2,7 +2,7 @@
 
 Command   python -m experiments.pretrain --config=configs/llama_70b.py --workdir=gs://<bucket>/llama_70b
 Hardware  TPU v5p-2048 (1,024 chips) or 1,024 x H100: 4-way tensor parallelism inside 256-way full sharding.
-Time      1.7e5 steps of 8 M tokens (1.4 T) are 6.6e23 FLOPs: 37 days on 1,024 v5p chips at 45 % MFU.
+Time      1.7e5 steps of 8 M tokens (1.4 T) are 6.4e23 FLOPs: 35 days on 1,024 v5p chips at 45 % MFU.
 Metric    no published loss at this length; the released model saw 15 T tokens.
 Source    "The Llama 3 Herd of Models", arXiv:2407.21783, table 3 and section 3.4 (peak rate 1.5e-4).
 """

@@ -2,7 +2,7 @@
 
 Command   python -m experiments.pretrain --config=configs/llama_8b.py --workdir=gs://<bucket>/llama_8b
 Hardware  TPU v5p-512 (256 chips) or 256 x H100; fully sharded, no tensor parallelism needed.
-Time      1.7e5 steps of 4 M tokens (0.7 T) are 3.9e22 FLOPs: 8.5 days on 256 v5p chips at 45 % MFU.
+Time      1.7e5 steps of 4 M tokens (0.7 T) are 3.7e22 FLOPs: 8 days on 256 v5p chips at 45 % MFU.
 Metric    no published loss at this length; the released model saw 15 T tokens.
 Source    "The Llama 3 Herd of Models", arXiv:2407.21783, table 3 and section 3.4 (peak rate 3e-4, 8,000 warm-up
           steps, batches of 4 M tokens at first).

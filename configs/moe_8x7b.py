@@ -2,7 +2,7 @@
 
 Command   python -m experiments.pretrain --config=configs/moe_8x7b.py --workdir=gs://<bucket>/moe_8x7b
 Hardware  TPU v5p-512 (256 chips) or 256 x H100: experts over 8 devices inside 32-way full sharding.
-Time      1.2e5 steps of 8 M tokens (1 T) are 8.3e22 FLOPs: 20 days on 256 v5p chips at 40 % MFU.
+Time      1.2e5 steps of 8 M tokens (1 T) are 8.4e22 FLOPs: 21 days on 256 v5p chips at 40 % MFU.
 Metric    no published loss; the released model's data is not known.
 Source    sizes: "Mixtral of Experts", arXiv:2401.04088, table 1; balance loss 0.01 as Switch, arXiv:2101.03961;
           router z-loss 0.001 as ST-MoE, arXiv:2202.08906; the learning rate is ours.
