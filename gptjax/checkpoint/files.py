@@ -9,6 +9,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gptjax.checkpoint.directory import COMMIT_MARK
+
 
 class FilesHandler(ocp.AsyncCheckpointHandler):
     """Writes a mapping from file name to bytes from the lead host, reads it on every host."""
@@ -51,5 +53,4 @@ class FilesRestore(ocp.args.CheckpointArgs):
 
 def read(directory: epath.Path) -> dict[str, bytes]:
     """Every file of the directory but Orbax's mark that the item is complete."""
-    mark = ocp.path.atomicity.COMMIT_SUCCESS_FILE
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != mark}
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != COMMIT_MARK}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -121,7 +122,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it(tmp_path, caplog):
     assert (tmp_path / "ckpt" / unfinished[0]).exists(), "a reader must not touch what may be another's save"
     with caplog.at_level(logging.WARNING, logger="absl"):
         store = CheckpointStore(tmp_path)
-    assert "saving was interrupted" in caplog.text
+    assert "removing it was interrupted" in caplog.text
     assert store.latest() == 1
     assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["1"]
     tiny.save(store, 2)
@@ -154,6 +155,7 @@ def test_an_emptied_cut_or_deleted_file_never_gives_other_values(saved, damage):
         assert tiny.bytes_under(saved) == before
         path.write_bytes(content)
     assert stopped == {"params", "opt_state", "meta", "data", "assets"}
+    gc.collect()  # what TensorStore was reading complains when it is collected; here, where that is ignored
 
 
 def test_one_flipped_bit_in_the_values_stops_with_the_path(saved):

@@ -19,9 +19,8 @@ AXES = {
 
 @pytest.fixture
 def store(tmp_path):
-    opened = CheckpointStore(tmp_path)
-    yield opened
-    opened.close()
+    with CheckpointStore(tmp_path) as opened:
+        yield opened
 
 
 def mesh_of(**sizes):
@@ -164,6 +163,33 @@ def test_another_optimizers_state_is_refused(store):
     store.wait()
     with pytest.raises(ValueError, match=r"opt_state/trace/embed/tokens: .* not there in .*ckpt/1 \(\d+ more differ\)"):
         store.restore(1, params=tiny.abstract(tiny.params()), opt_state={"trace": tiny.abstract(tiny.params())})
+
+
+def test_a_workdir_may_have_a_number_for_a_name(tmp_path):
+    with CheckpointStore(tmp_path / "7") as store:
+        tiny.save(store, 1)
+    meta, _ = restore_params(tmp_path / "7")
+    assert meta.step == 1
+
+
+def test_a_checkpoint_moved_elsewhere_reads_by_its_path(tmp_path, store):
+    tiny.save(store, 3)
+    store.close()
+    moved = (tmp_path / "ckpt" / "3").rename(tmp_path / "best")
+    meta, found = restore_params(moved)
+    assert meta.step == 3
+    tiny.assert_same_bits(found, tiny.params(3))
+
+
+def test_a_removal_that_was_cut_short_is_no_damaged_checkpoint(tmp_path, store, monkeypatch):
+    tiny.save(store, 1)
+    tiny.save(store, 2)
+    monkeypatch.setattr(type(store.directory), "rmtree", lambda self: None)
+    store.wait()
+    assert store.steps() == [2]
+    monkeypatch.undo()
+    CheckpointStore(tmp_path).close()
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["2"]
 
 
 def test_a_place_without_checkpoints_is_named(tmp_path):
