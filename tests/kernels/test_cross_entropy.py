@@ -144,9 +144,16 @@ def test_softmax_nll_by_finite_differences_and_extreme_logits():
     np.testing.assert_allclose(gradient, [[1.0, -1.0, 0.0]])
 
 
-def test_a_tie_is_not_correct():
-    logits = jnp.asarray([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
-    np.testing.assert_array_equal(softmax_nll(logits, jnp.asarray([0, 0, 1])).correct, [0.0, 1.0, 0.0])
+def test_the_first_of_a_tie_is_correct():
+    logits = jnp.asarray([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    np.testing.assert_array_equal(softmax_nll(logits, jnp.asarray([0, 1, 0, 1])).correct, [1.0, 0.0, 1.0, 0.0])
+
+
+def test_both_ways_to_sum_agree():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, V)), jnp.float32)
+    targets = jnp.asarray([[0, 4, 9], [1, 1, 2]])
+    arguments = logits, targets, logits.max(-1)
+    _assert_close(cross_entropy._sums_by_products(*arguments), cross_entropy._sums_by_reductions(*arguments))
 
 
 def test_bfloat16_logits_keep_their_dtype():
