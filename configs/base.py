@@ -2,7 +2,7 @@
 
 A config file is a function `get_config()` that starts from `base.get_config()` and replaces what it
 is about. Keys can then be set on the command line, `--config.train.num_steps=10`, and the directory of
-the data after a colon: `--config=configs/llama_8b.py:gs://bucket/web`.
+the data after a colon: `--config=configs/llama_8b.py:/mnt/data/web`.
 
 The keys are fields of `gptjax.train.setup.RunConfig` and the dataclasses in it, which document them; a key
 that they do not have is refused.
@@ -87,7 +87,7 @@ def data(directory: str, *, batch_size: int) -> ConfigDict:
             train={f"{directory}/train": 1.0}, eval=f"{directory}/eval", tokenizer=directory, batch_size=batch_size,
             packing="concat",
         ),
-        # A path, such as gs://bucket/v1.5/train, may have dots; a mixture's weights are set in a file, not by flags.
+        # A path, such as /mnt/v1.5/train, may have dots; a mixture's weights are set in a file, not by flags.
         allow_dotted_keys=True,
     )  # fmt: skip
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from gptjax import config as config_lib
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelSpec
+from gptjax.parallel import rules
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.train import setup, step
+from gptjax.train.setup import RunConfig
+from gptjax.types import Batch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
@@ -58,6 +65,9 @@ SIZES = {
 }
 
 
+NUM_DEVICES = {"llama_1b": 64, "llama_8b": 256, "llama_70b": 1024, "moe_8x7b": 256, "gpt4_1t8_moe": 4096}
+
+
 def test_formulas_agree_with_published_sizes():
     assert gpt2_size(vocab=50_257, context=1024, d=768, layers=12, biases=True) == SIZES["gpt2_124m"]
     assert llama_size(vocab=128_256, d=4096, layers=32, heads=32, kv_heads=8, ff=14_336) == SIZES["llama_8b"]
@@ -73,6 +83,30 @@ def test_the_largest_is_the_scale_it_is_named_for():
     assert 1.7e12 < SIZES["gpt4_1t8_moe"] < 1.9e12
     spec = spec_of("gpt4_1t8_moe")
     assert (spec.num_layers, spec.moe.num_experts, spec.moe.num_experts_per_token) == (120, 16, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_training_step_traces_without_memory(name):
+    cfg = config_lib.from_dict(RunConfig, get(name))
+    one_device = MeshConfig(data=1, fsdp=1, expert=1, context=1, tensor=1, rules=cfg.mesh.rules)
+    mesh = make_mesh(one_device)
+    shape = (cfg.train.accumulate_steps, cfg.model.seq_len)
+    ints, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (np.int32, np.float32))
+    batch = Batch(tokens=ints, targets=ints, loss_mask=floats, segment_ids=ints, positions=ints)
+    with jax.set_mesh(mesh), rules.use(one_device.rules):
+        parts = setup.make(dataclasses.replace(cfg, mesh=one_device), mesh)
+        run = step.train_step(parts.objective, parts.optimizer, accumulate_steps=cfg.train.accumulate_steps)
+        state, metrics = jax.eval_shape(run, parts.shapes, (), batch)
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts.shapes)
+    assert {"loss", "accuracy", "grad_norm", "learning_rate"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_mesh_fits_the_hardware_it_names(name):
+    cfg = config_lib.from_dict(RunConfig, get(name))
+    data, fsdp, expert, context, _ = cfg.mesh.resolve(NUM_DEVICES.get(name, 1))
+    assert cfg.data.batch_size % (data * fsdp * expert * cfg.train.accumulate_steps) == 0
+    assert cfg.model.seq_len % context == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
