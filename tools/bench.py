@@ -122,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _run_task(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
     contestants = []
-    for contestant, command, environment in _entries(task):
-        contestants.append(Contestant(contestant, [*command, json.dumps(dict(task))], environment))
+    for library, command, environment in _entries(task):
+        contestants.append(Contestant(library, [*command, json.dumps(dict(task))], environment))
     deadline = time.monotonic() + _SECONDS.value
     while True:
         for contestant in contestants:

@@ -16,6 +16,7 @@ from gptjax.kernels import cpu  # noqa: E402
 cpu.configure()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gptjax.infer.generate import GenerateConfig, generate  # noqa: E402
@@ -118,13 +119,13 @@ def _training(task: dict[str, Any]) -> Callable[[], None]:
 
 def _batch(task: dict[str, Any]) -> Batch:
     shape = (task["batch_size"], task["seq_len"])
-    tokens = np.random.default_rng(0).integers(0, task["vocab_size"], shape).astype(np.int32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, task["vocab_size"], shape), jnp.int32)
     batch = Batch(
         tokens=tokens,
-        targets=np.roll(tokens, -1, axis=1),
-        loss_mask=np.ones(shape, np.float32),
-        segment_ids=np.ones(shape, np.int32),
-        positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        targets=jnp.roll(tokens, -1, axis=1),
+        loss_mask=jnp.ones(shape, jnp.float32),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape),
     )
     return jax.device_put(batch, rules.batch_sharding(jax.sharding.get_mesh()))
 

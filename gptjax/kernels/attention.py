@@ -8,6 +8,8 @@ rows, padded caches and ring buffers are one code path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -81,16 +83,7 @@ def attention(
     if fused is not None:
         everything = slice(None)
         return fused(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, lambda: mask(everything, everything))
-
-    # Heads first, once: every chunk then reads its keys and values as they lie.
-    q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
-    k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
-    chunks = []
-    for queries, keys in _chunks(q_BTNH.shape[1], in_order=in_order and causal, window=window):
-        operands = q_BKTGH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask(queries, keys)
-        chunks.append(_attend(*operands, scale=scale, softcap=softcap, sinks_N=sinks_N))
-    o_BKTGH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
-    return jnp.moveaxis(o_BKTGH, 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
+    return _plain(request, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 def allowed(
@@ -113,6 +106,20 @@ def allowed(
         kv_seg = kv_segments_BS[:, None, :]
         mask_BTS &= (q_segments_BT[:, :, None] == kv_seg) & (kv_seg > 0)
     return mask_BTS
+
+
+def _plain(
+    request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Callable[[slice, slice], Array]
+) -> Array:
+    # Heads first, once: every chunk then reads its keys and values as they lie.
+    q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
+    k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
+    chunks = []
+    for queries, keys in _chunks(q_BTNH.shape[1], in_order=request.in_order and request.causal, window=request.window):
+        operands = q_BKTGH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask(queries, keys)
+        chunks.append(_attend(*operands, scale=request.scale, softcap=request.softcap, sinks_N=request.sinks_N))
+    o_BKTGH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
+    return jnp.moveaxis(o_BKTGH, 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
 
 
 def _chunks(length: int, *, in_order: bool, window: int | None) -> list[tuple[slice, slice]]:

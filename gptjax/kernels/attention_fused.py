@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ def _splash_local(
 
     length, num_heads = q_BTNH.shape[1:3]
     shape = (length, length)
+    mask: Any
     if request.window is not None:
         reach = request.window - 1
         mask = splash_lib.LocalMask(shape, (reach, 0 if request.causal else reach), offset=0)
