@@ -142,13 +142,11 @@ def _restore(store: CheckpointStore, step: int, setup: Setup, meta: Meta, accoun
         setup.shapes,
         setup.shardings,
     )
-    found = store.restore(
-        step, params=wanted.params, opt_state=wanted.opt_state, extra=wanted.extra, model=setup.model
-    )
+    found = store.restore(step, params=wanted.params, opt_state=wanted.opt_state, extra=wanted.extra, model=setup.model)
     if found.meta.tokenizer != meta.tokenizer:
         raise ValueError(
-            f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, but data.tokenizer "
-            f"is {meta.tokenizer[:12]}; give the one that the run was started with"
+            f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, "
+            f"but data.tokenizer is {meta.tokenizer[:12]}; give the one that the run was started with"
         )
     account.restore(found.data)
     step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), setup.shardings.step)

@@ -102,9 +102,7 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setu
     if cfg.train.objective == "masked_lm":
         model = objectives.bidirectional(model)
     params, axes = transformer.abstract_params(model), transformer.param_axes(model)
-    optimizer = build.build(
-        cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model)
-    )
+    optimizer = build.build(cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model))
     shapes = state_lib.abstract_state(params, optimizer.tx)
     shardings = rules.state_shardings(mesh, shapes, axes, params)
     return Setup(model, _objective(cfg, model, tokenizer), optimizer, shapes, shardings)
@@ -117,8 +115,8 @@ def check_batch(cfg: RunConfig, mesh: Mesh) -> None:
     parts, num = rules.axis_size(mesh, "act_batch"), cfg.train.accumulate_steps
     if cfg.data.batch_size % (parts * num):
         raise ValueError(
-            f"data.batch_size={cfg.data.batch_size}: expected a multiple of {parts * num}, for {parts} parts of the mesh "
-            f"{dict(mesh.shape)} that share a batch, times train.accumulate_steps={num}"
+            f"data.batch_size={cfg.data.batch_size}: expected a multiple of {parts * num}, for {parts} parts of "
+            f"the mesh {dict(mesh.shape)} that share a batch, times train.accumulate_steps={num}"
         )
     length_parts = rules.axis_size(mesh, "act_length")
     if cfg.model.seq_len % length_parts:

@@ -9,6 +9,7 @@ it is computed at once, over microbatches or over devices.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -91,7 +92,7 @@ def train_step(
             "skipped_steps": after.nonfinite + after.spikes,
         }
         metrics = sums.metrics | {name: _single(value) for name, value in figures.items()}
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return run
 

@@ -2,7 +2,6 @@ import os
 import signal
 import threading
 
-import jax
 import numpy as np
 import pytest
 
@@ -171,7 +170,10 @@ def test_a_run_in_another_thread_leaves_the_signals_alone():
 
 
 def nan_from(first, *, skipped):
-    return lambda step: {"grad_norm": float("nan") if step >= first else 1.0, "skipped": float(skipped and step >= first)}
+    return lambda step: {
+        "grad_norm": float("nan") if step >= first else 1.0,
+        "skipped": float(skipped and step >= first),
+    }
 
 
 def test_nan_from_step_one_stops_at_once_even_when_the_guard_skips_it():

@@ -39,7 +39,9 @@ def run_on_two_hosts(cfg, workdir):
         }
         command = [sys.executable, "-c", CHILD, json.dumps(config_lib.to_dict(cfg)), str(workdir)]
         children.append(
-            subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         )
     outputs = [child.communicate(timeout=300)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
@@ -48,7 +50,12 @@ def run_on_two_hosts(cfg, workdir):
 
 def figures(workdir):
     lines = [line for line in read_metrics(workdir) if "loss" in line or "eval/loss" in line]
-    return [(line["step"], name, line[name]) for line in lines for name in ("loss", "eval/loss", "grad_norm") if name in line]
+    return [
+        (line["step"], name, line[name])
+        for line in lines
+        for name in ("loss", "eval/loss", "grad_norm")
+        if name in line
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,9 @@ def figures(workdir):
     ids=["fsdp_tensor", "context_tensor", "expert"],
 )
 def test_two_hosts_compute_what_one_does(mesh, moe, run_config, data_dir, tmp_path):
-    cfg = run_config(mesh=mesh, model__moe=moe, data__eval=str(data_dir / "eval"), train__eval_every=3, train__num_steps=3)
+    cfg = run_config(
+        mesh=mesh, model__moe=moe, data__eval=str(data_dir / "eval"), train__eval_every=3, train__num_steps=3
+    )
     run(cfg, tmp_path / "one")
     run_on_two_hosts(cfg, tmp_path / "two")
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")

@@ -47,7 +47,9 @@ def packed_batch(rows=4, length=16, seed=0) -> Batch:
         positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
     mask = ((segments > 0) & (np.roll(segments, -1, axis=1) == segments)).astype(np.float32)
     mask[:, -1] = 0
-    return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=mask, segment_ids=segments, positions=positions)
+    return Batch(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_mask=mask, segment_ids=segments, positions=positions
+    )
 
 
 def loss_of(objective, params, batch, seed=0):

@@ -31,10 +31,12 @@ def losses(workdir):
     return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in read_metrics(workdir)]
 
 
+def mesh(**sizes):
+    return dict(data=1, fsdp=1, expert=1, context=1, tensor=1) | sizes
+
+
 def files_under(directory):
     return {str(path): path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
-
-
 
 
 def test_a_run_leaves_its_summary_metrics_config_and_checkpoints(run_config, tmp_path, data_dir):
@@ -115,7 +117,7 @@ def test_only_free_keys_may_change_when_a_run_goes_on(run_config, tmp_path):
     with pytest.raises(ValueError, match=r"another config \(old -> new\):\n  optim.learning_rate: 0.01 -> 0.02\n"):
         run(run_config(optim__learning_rate=0.02, train__num_steps=9), tmp_path)
     assert files_under(tmp_path) == before
-    longer = run_config(train__num_steps=7, train__accumulate_steps=2, mesh=dict(data=2, fsdp=2, expert=1, context=1, tensor=2))
+    longer = run_config(train__num_steps=7, train__accumulate_steps=2, mesh=mesh(data=2, fsdp=2, tensor=2))
     summary = run(longer, tmp_path)
     assert (summary["step"], summary["outcome"]) == (7, "finished")
     assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(longer)
@@ -125,7 +127,7 @@ def test_only_free_keys_may_change_when_a_run_goes_on(run_config, tmp_path):
 
 
 def test_another_mesh_and_accumulation_give_the_same_losses(run_config, tmp_path):
-    one, many = run_config(), run_config(mesh=dict(data=2, fsdp=2, expert=1, context=1, tensor=2), train__accumulate_steps=2)
+    one, many = run_config(), run_config(mesh=mesh(data=2, fsdp=2, tensor=2), train__accumulate_steps=2)
     run(one, tmp_path / "one")
     run(many, tmp_path / "many")
     for name in ("loss", "grad_norm", "param_norm"):
@@ -177,10 +179,10 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_co
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__batch_size": 6, "mesh": dict(data=4, fsdp=1, expert=1, context=1, tensor=1)}, "expected a multiple of 4"),
+        ({"data__batch_size": 6, "mesh": mesh(data=4)}, "data.batch_size=6: expected a multiple of 4"),
         ({"train__accumulate_steps": 3}, "data.batch_size=8: expected a multiple of 3"),
-        ({"mesh": dict(data=16, fsdp=1, expert=1, context=1, tensor=1)}, "does not fit 8 device"),
-        ({"model__seq_len": 18, "mesh": dict(data=1, fsdp=1, expert=1, context=8, tensor=1)}, "expected a multiple of mesh.con"),
+        ({"mesh": mesh(data=16)}, "does not fit 8 device"),
+        ({"model__seq_len": 18, "mesh": mesh(context=8)}, "model.seq_len=18: expected a multiple of mesh.context=8"),
         ({"model__vocab_size": 512}, "the tokenizer .* has 260 pieces; expected 260, or 384"),
         ({"data__tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
         ({"data__train": {"/nowhere": 1.0}}, "/nowhere"),
@@ -199,9 +201,7 @@ def test_a_vocabulary_rounded_up_to_128_is_accepted(run_config, tmp_path):
 def test_another_tokenizer_is_refused_on_resume(run_config, tmp_path):
     words = ["if else return def pass " * 20, "import os, sys; print(x + 1) " * 20, "(a, b) = [c] * 10 " * 20]
     data = tmp_path / "data"
-    cfg = run_config(
-        model__vocab_size=384, data__tokenizer=str(data), data__train={str(data): 1.0}, data__batch_size=8
-    )
+    cfg = run_config(model__vocab_size=384, data__tokenizer=str(data), data__train={str(data): 1.0}, data__batch_size=8)
     for pieces in (tokenizer_lib.byte_level(), tokenizer_lib.train_bpe(words * 5, 300)):
         shutil.rmtree(data, ignore_errors=True)
         documents = (source.Document(str(i), text) for i, text in enumerate(words))

@@ -30,9 +30,7 @@ def test_accumulation_equals_the_large_batch_when_microbatches_have_different_we
         assert whole.keys() == parts.keys()
         for name in whole:
             np.testing.assert_allclose(whole[name].value, parts[name].value, rtol=1e-6, err_msg=name)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole_state.params, parts_state.params
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole_state.params, parts_state.params)
 
 
 def test_the_gradient_is_that_of_the_mean_over_targets():
