@@ -13,10 +13,15 @@ import json
 import pathlib
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from experiments import common
+
+if TYPE_CHECKING:
+    from gptjax.data.store import Store
+    from gptjax.model import Model
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "As --ckpt; the summary goes to eval/summary.json in it.")
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
         pathlib.Path(out).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _open(model, scratch: pathlib.Path):
+def _open(model: Model, scratch: pathlib.Path) -> Store:
     """The store that --data is, or one made of its text with the model's tokenizer."""
     from gptjax.data import source, writer
     from gptjax.data import store as store_lib

@@ -12,10 +12,14 @@ import json
 import pathlib
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 
 from experiments import common
+
+if TYPE_CHECKING:
+    from gptjax.model import Model
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
@@ -59,7 +63,7 @@ def main(argv: list[str]) -> None:
         pathlib.Path(_OUT.value).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _stream(model, prompt: str, options: dict) -> list[str]:
+def _stream(model: Model, prompt: str, options: dict) -> list[str]:
     _show_prompt(prompt)
     pieces = []
     for piece in model.stream(prompt, **options):
@@ -69,7 +73,7 @@ def _stream(model, prompt: str, options: dict) -> list[str]:
     return ["".join(pieces)]
 
 
-def _batch(model, prompts: list[str], options: dict) -> list[str]:
+def _batch(model: Model, prompts: list[str], options: dict) -> list[str]:
     completions = model.generate(prompts, **options)
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         print(f"{chr(10) if index else ''}--- {index}")

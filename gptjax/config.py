@@ -39,7 +39,7 @@ def from_dict(cls: type[T], values: Any, *, path: str = "config") -> T:
     missing = [name for name, field in fields.items() if name not in values and not _has_default(field)]
     if missing:
         raise ValueError(f"{path}: missing keys: {', '.join(missing)} (of {cls.__name__})")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     kwargs = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()}
     try:
         return cls(**kwargs)
@@ -138,7 +138,7 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
     if len(options) == 1:
         return _convert(options[0], value, path)
     dataclass_options = [option for option in options if dataclasses.is_dataclass(option)]
-    if dataclass_options and isinstance(value, tuple(dataclass_options)):
+    if dataclass_options and isinstance(value, tuple(dataclass_options)):  # type: ignore[arg-type]
         return value
     if dataclass_options and isinstance(value, Mapping):
         kinds = {typing.get_args(_hints(option)["kind"])[0]: option for option in dataclass_options}  # type: ignore[arg-type]

@@ -43,11 +43,13 @@ class Batch:
 
 
 class Mean(NamedTuple):
-    """A mean kept as its numerator and denominator, so that it adds up exactly over
-    microbatches, shards and evaluation batches."""
+    """A mean kept as its numerator and denominator.
+
+    So it adds up exactly over microbatches, shards and evaluation batches.
+    """
 
     total: Array | float
-    count: Array | float
+    count: Array | float  # type: ignore[assignment]  # not the tuple's method
 
     def __add__(self, other: Mean) -> Mean:  # type: ignore[override]
         return Mean(self.total + other.total, self.count + other.count)

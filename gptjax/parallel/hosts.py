@@ -89,7 +89,8 @@ def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int
     Raises:
       ValueError: when a process's devices hold rows that are not one such run.
     """
-    slices = {index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
+    places: Any = sharding.addressable_devices_indices_map(shape)
+    slices = {index[0].indices(shape[0])[:2] for index in places.values()}
     start, stop = min(first for first, _ in slices), max(last for _, last in slices)
     size = stop - start
     if sum(last - first for first, last in slices) != size or shape[0] % size or start % size:
@@ -111,7 +112,7 @@ def to_global(rows: Any, sharding: NamedSharding) -> Any:
         num_rows = _num_rows(sharding, rows_per_group)
         first = row_group(sharding, (num_rows, length))[0] * rows_per_group
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(num_rows)
             return local[start - first : stop - first, index[1]]
 
