@@ -14,7 +14,7 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelSpec
+from gptjax.nn.spec import ModelSpec
 
 SPEC = ModelSpec(
     vocab_size=384, seq_len=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32,

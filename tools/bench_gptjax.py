@@ -21,7 +21,8 @@ import numpy as np  # noqa: E402
 
 from gptjax.infer.generate import GenerateConfig, generate  # noqa: E402
 from gptjax.nn import transformer  # noqa: E402
-from gptjax.nn.config import ModelConfig, ModelSpec, MoEConfig  # noqa: E402
+from gptjax.nn.config import ModelConfig, MoEConfig  # noqa: E402
+from gptjax.nn.spec import ModelSpec  # noqa: E402
 from gptjax.optim.build import OptimConfig, build  # noqa: E402
 from gptjax.parallel import rules  # noqa: E402
 from gptjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402

@@ -21,7 +21,8 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
 from gptjax.model import Model, load
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelConfig, ModelSpec
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.spec import ModelSpec
 from gptjax.types import Array, Params
 
 IGNORED_LABEL = -100

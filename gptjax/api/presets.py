@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from gptjax.data import tokenizer
-from gptjax.nn.config import ModelSpec, MoEConfig
+from gptjax.nn.config import MoEConfig
+from gptjax.nn.spec import ModelSpec
 
 PRESETS: Mapping[str, ModelSpec] = {
     # The reported shape of GPT-4, experts of which two see each token, at a size that a laptop trains.

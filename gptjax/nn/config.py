@@ -2,14 +2,11 @@
 
 `ModelConfig` is the form that every stage stores, reads and transforms: layers come as
 groups of blocks, so dense, mixture-of-experts, first-k-dense, local/global and shared
-layers are one form. `ModelSpec` is the flat form people write in `configs/`;
-`ModelSpec.build` expands it.
+layers are one form. `nn.spec.ModelSpec` is the flat form that people write.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -277,138 +274,3 @@ class ModelConfig:
     def blocks(self) -> tuple[BlockConfig, ...]:
         """Every layer's block, in order of execution."""
         return tuple(block for group in self.groups for block in group.pattern * group.repeats)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLASpec:
-    """The sizes of latent attention; see `MLAConfig`."""
-
-    kv_latent: int
-    nope_head_dim: int
-    rope_head_dim: int
-    v_head_dim: int
-    q_latent: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """The flat keys of `config.model`. Keys with a default are choices that most models leave off.
-
-    Attributes:
-      window: sliding window of the local layers; None makes every layer see all positions.
-      global_every: with a window, each n-th layer sees all positions; 0: no layer does.
-      local_rope_theta: rotary base of the local layers; None is `rope_theta`.
-      moe: makes the feed-forward of every `moe_every`-th layer after `first_k_dense` a mixture.
-    """
-
-    vocab_size: int
-    seq_len: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    activation: Activation
-    position: Literal["rope", "learned", "none"]
-    rope_theta: float
-    tie_embeddings: bool
-    dtype: DType
-    remat: Remat
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-6
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
-    qk_norm: bool = False
-    bias: bool = False
-    window: int | None = None
-    global_every: int = 0
-    local_rope_theta: float | None = None
-    rope_fraction: float = 1.0
-    rope_scaling: RopeScaling | None = None
-    attn_softcap: float | None = None
-    attn_sinks: bool = False
-    logit_softcap: float | None = None
-    embed_scale: float = 1.0
-    mla: MLASpec | None = None
-    moe: MoEConfig | None = None
-    moe_every: int = 1
-    first_k_dense: int = 0
-
-    def __post_init__(self) -> None:
-        sizes = "vocab_size seq_len d_model num_layers num_heads num_kv_heads head_dim d_ff moe_every".split()
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if not 0 <= self.first_k_dense <= self.num_layers:
-            raise ValueError(f"first_k_dense={self.first_k_dense}: expected 0 to num_layers={self.num_layers}")
-
-    def build(self) -> ModelConfig:
-        """Expands to the grouped form; the longest repeating pattern is scanned."""
-        period = math.lcm(self.global_every or 1, self.moe_every if self.moe else 1)
-        blocks = tuple(self._block(i) for i in range(self.num_layers))
-        dense = self.first_k_dense if self.moe else 0
-        groups = [LayerGroup(pattern=(block,), repeats=1) for block in blocks[:dense]]
-        if dense and len(set(blocks[:dense])) == 1:
-            groups = [LayerGroup(pattern=blocks[:1], repeats=dense)]
-        rest = blocks[dense:]
-        repeats = len(rest) // period
-        if repeats:
-            groups.append(LayerGroup(pattern=rest[:period], repeats=repeats))
-        groups += [LayerGroup(pattern=(block,), repeats=1) for block in rest[repeats * period :]]
-        return ModelConfig(
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            seq_len=self.seq_len,
-            groups=tuple(groups),
-            final_norm=self._norm(),
-            learned_positions=self.position == "learned",
-            tie_embeddings=self.tie_embeddings,
-            embed_scale=self.embed_scale,
-            logit_softcap=self.logit_softcap,
-            dtype=self.dtype,
-            remat=self.remat,
-        )
-
-    def _norm(self) -> NormConfig:
-        return NormConfig(kind=self.norm, eps=self.norm_eps, bias=self.norm == "layernorm")
-
-    def _block(self, layer: int) -> BlockConfig:
-        # The pattern counts from the first layer after the dense ones, so that it repeats.
-        index = layer - (self.first_k_dense if self.moe else 0)
-        is_global = self.window is None or (
-            self.global_every > 0 and index % self.global_every == self.global_every - 1
-        )
-        is_moe = self.moe is not None and index >= 0 and index % self.moe_every == self.moe_every - 1
-        mlp: MLPConfig | MoEConfig = MLPConfig(d_ff=self.d_ff, activation=self.activation, bias=self.bias)
-        return BlockConfig(
-            attention=self._attention(is_global),
-            mlp=self.moe if is_moe and self.moe else mlp,
-            norm=self._norm(),
-            norm_placement=self.norm_placement,
-        )
-
-    def _attention(self, is_global: bool) -> AttentionConfig | MLAConfig:
-        rope = None
-        if self.position == "rope":
-            theta = self.rope_theta if is_global else (self.local_rope_theta or self.rope_theta)
-            rope = RopeConfig(theta=theta, fraction=self.rope_fraction, scaling=self.rope_scaling)
-        window = None if is_global else self.window
-        if self.mla is not None:
-            if rope is None:
-                raise ValueError("mla needs position='rope'")
-            sizes = {field.name: getattr(self.mla, field.name) for field in dataclasses.fields(self.mla)}
-            return MLAConfig(
-                num_heads=self.num_heads, rope=rope, norm=self._norm(), bias=self.bias, window=window, **sizes
-            )
-        return AttentionConfig(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            rope=rope,
-            window=window,
-            qk_norm=self._norm() if self.qk_norm else None,
-            bias=self.bias,
-            out_bias=self.bias,
-            softcap=self.attn_softcap,
-            sinks=self.attn_sinks,
-        )

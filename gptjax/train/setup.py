@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from gptjax.data.loader import DataConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelConfig, ModelSpec, MoEConfig
+from gptjax.nn.config import ModelConfig, MoEConfig
+from gptjax.nn.spec import ModelSpec
 from gptjax.optim import build
 from gptjax.optim.build import OptimConfig, Optimizer
 from gptjax.parallel import rules

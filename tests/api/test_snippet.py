@@ -16,7 +16,7 @@ from gptjax import (
     Trainer,
     TrainingArguments,
 )
-from gptjax.nn.config import ModelSpec
+from gptjax.nn.spec import ModelSpec
 
 SNIPPET = """
 from gptjax import GPT4LMHeadModel, GPT4Tokenizer, TextDataset, DataCollatorForLanguageModeling, Trainer

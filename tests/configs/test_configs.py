@@ -14,7 +14,7 @@ import pytest
 
 from gptjax import config as config_lib
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelSpec
+from gptjax.nn.spec import ModelSpec
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.train import setup, step

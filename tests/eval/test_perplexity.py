@@ -10,7 +10,7 @@ import pytest
 from gptjax.data import loader, source, tokenizer, writer
 from gptjax.eval import perplexity
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelSpec
+from gptjax.nn.spec import ModelSpec
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.types import Batch
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from gptjax.nn import transformer
-from gptjax.nn.config import MLASpec, ModelSpec, MoEConfig
+from gptjax.nn.config import MoEConfig
+from gptjax.nn.spec import MLASpec, ModelSpec
 
 TINY = ModelSpec(
     vocab_size=67,

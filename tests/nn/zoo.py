@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from gptjax.nn.config import MLASpec, ModelConfig, ModelSpec, MoEConfig, RopeScaling
+from gptjax.nn.config import ModelConfig, MoEConfig, RopeScaling
+from gptjax.nn.spec import MLASpec, ModelSpec
 
 TINY = ModelSpec(
     vocab_size=64,
