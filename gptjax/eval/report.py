@@ -22,7 +22,7 @@ from gptjax.eval import charts
 from gptjax.train.metrics import read_metrics
 
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-_SMOOTHING = 1 / 100  # half-life of the smoothed loss, as a part of the whole run
+_SMOOTHING = 1 / 200  # half-life of the smoothed loss, as a part of the whole run
 
 _BASELINE_NAMES = {
     "model": "this model",
