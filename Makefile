@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 help: ## This list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## Train a small GPT on Python's own source, evaluate it, sample from it: $(DEMO_DIR)/report.html
+demo: $(VENV)/.installed ## Train a small GPT on Python's own source, evaluate it, sample from it: runs/demo/report.html
 	$(PY) -m experiments.demo --workdir=$(DEMO_DIR)
 
 test: $(VENV)/.installed-test ## The whole test suite, on 8 simulated CPU devices.

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from experiments import common
+
 
 class Stages:
     """The stages of a job in `directory`, whose costs are kept in its `costs.json` over restarts.
@@ -39,7 +41,8 @@ class Stages:
         with subprocess.Popen(command, pass_fds=[self._lock.fileno()]) as process, _signals_to(process):
             status = process.wait()
         if status:
-            print(f"{name} ended with status {status}; start the same command again to go on", file=sys.stderr)
+            hint = "" if status == common.FAILED else "; start the same command again to go on"
+            print(f"{name} ended with status {status}{hint}", file=sys.stderr)
             sys.exit(status if status > 0 else 128 - status)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         self.add(name, seconds=time.perf_counter() - began, peak_memory_bytes=peak)
