@@ -173,6 +173,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def _combine(rows_MD: Array, order_M: Array, inverse_M: Array, share_NA: Array) -> Array:
     """`y[n] = sum_a share[n, a] * rows[inverse[n, a]]`."""
     unsorted = _permute(rows_MD, inverse_M, order_M).reshape(*share_NA.shape, -1)
+    # Rows past all groups are unspecified where the product is a device's own kernel.
+    unsorted = jnp.where(share_NA[..., None] == 0, 0, unsorted)
     return jnp.einsum("NAD,NA->ND", unsorted, share_NA)
 
 
