@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.optim.groups import path_of
 
 MAX_CONSECUTIVE_SKIPS = 20
 
@@ -47,3 +53,14 @@ class Health:
                 f"step {step}: the last {self._skips} steps were all skipped as non-finite or spiking ({seen}). "
                 f"Nothing was saved since; resume from the last checkpoint with a lower learning rate or other data."
             )
+
+
+def describe(params: Any) -> str:
+    """One sentence on which parameters are not finite: where to look first."""
+    finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params))
+    leaves = jax.tree_util.tree_leaves_with_path(finite)
+    broken = [path_of(path) for path, is_finite in leaves if not is_finite]
+    if not broken:
+        return "All parameters are finite, so it arises in the forward or the backward pass."
+    shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+    return f"Not finite are the parameters {shown}."

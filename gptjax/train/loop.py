@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.train.health import Health
+from gptjax.train.health import DivergedError, Health, describe
 from gptjax.train.hooks import Hook
 from gptjax.train.state import TrainState
 from gptjax.train.step import OptimizerLike, StepFn, jit_train_step
@@ -110,13 +110,24 @@ def run_steps(
                 break
             state, metrics = step_fn(state, frozen, batch)
             step += 1
-            report.dispatched(step, metrics)
-            report.show_state(step, state)
+            with _located(state):
+                report.dispatched(step, metrics)
+                report.show_state(step, state)
             if step < num_steps and stop.agreed(step):
                 outcome = "stopped"
                 break
-        report.finish(step, state, outcome)
+        with _located(state):
+            report.finish(step, state, outcome)
     return FitResult(state, step, outcome, report.values)
+
+
+@contextlib.contextmanager
+def _located(state: TrainState) -> Iterator[None]:
+    """Adds to a divergence which parameters it has reached."""
+    try:
+        yield
+    except DivergedError as error:
+        raise DivergedError(f"{error} {describe(state.params)}") from None
 
 
 class _Report:

@@ -48,9 +48,10 @@ def masked_lm(
     mask_id: int,
     vocab_size: int,
     special_ids: Sequence[int] = (),
+    fraction: float = MASKED_FRACTION,
     z_loss: float = 0.0,
 ) -> Objective:
-    """Predicts 15 % of the tokens from the whole document with those tokens hidden.
+    """Predicts a part of the tokens from the whole document with those tokens hidden.
 
     Every position sees every other of its document. See `mask_tokens` for what is hidden.
 
@@ -59,7 +60,10 @@ def masked_lm(
       mask_id: the token that hides others.
       vocab_size: random replacements are drawn below it: the tokenizer's size, not the model's.
       special_ids: tokens that are never hidden.
+      fraction: of the other tokens that is.
     """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"fraction={fraction} of the tokens to hide: expected above 0 and below 1")
     if config.causal:
         raise ValueError("masked_lm needs a bidirectional model: got causal=True, set causal=False in the ModelConfig")
     if not 0 <= mask_id < config.vocab_size or vocab_size > config.vocab_size:
@@ -73,7 +77,9 @@ def masked_lm(
         allowed = batch.segment_ids > 0
         for token in special_ids:
             allowed &= batch.tokens != token
-        tokens, hidden = mask_tokens(rng, batch.tokens, allowed, mask_id=mask_id, vocab_size=vocab_size)
+        tokens, hidden = mask_tokens(
+            rng, batch.tokens, allowed, mask_id=mask_id, vocab_size=vocab_size, fraction=fraction
+        )
         output = _forward(config, params, batch, tokens)
         return language_loss(config, params, output, batch.tokens, hidden, z_loss=z_loss)
 
@@ -81,18 +87,18 @@ def masked_lm(
 
 
 def mask_tokens(
-    rng: Array, tokens_BT: Array, allowed_BT: Array, *, mask_id: int, vocab_size: int
+    rng: Array, tokens_BT: Array, allowed_BT: Array, *, mask_id: int, vocab_size: int, fraction: float = MASKED_FRACTION
 ) -> tuple[Array, Array]:
     """Hides tokens as BERT does (arXiv:1810.04805, section 3.1).
 
-    Each allowed position is chosen with probability 0.15. A chosen token becomes `mask_id`
+    Each allowed position is chosen with probability `fraction`. A chosen token becomes `mask_id`
     (80 %), a random token below `vocab_size` (10 %) or stays (10 %).
 
     Returns:
       The tokens to read, and the float32 mask of the chosen positions.
     """
     choose_rng, replace_rng, random_rng = jax.random.split(rng, 3)
-    chosen = allowed_BT & (jax.random.uniform(choose_rng, tokens_BT.shape) < MASKED_FRACTION)
+    chosen = allowed_BT & (jax.random.uniform(choose_rng, tokens_BT.shape) < fraction)
     how = jax.random.uniform(replace_rng, tokens_BT.shape)
     random_tokens = jax.random.randint(random_rng, tokens_BT.shape, 0, vocab_size, tokens_BT.dtype)
     replacement = jnp.where(how < REPLACED_BY_MASK, jnp.asarray(mask_id, tokens_BT.dtype), random_tokens)
@@ -167,6 +173,9 @@ def bidirectional(config: ModelConfig) -> ModelConfig:
 
 
 def _forward(config: ModelConfig, params: Params, batch: Batch, tokens_BT: Array) -> ModelOutput:
+    length = tokens_BT.shape[1]
+    if length > config.seq_len:
+        raise ValueError(f"rows of {length} tokens do not fit the model's seq_len={config.seq_len}; make them shorter")
     return transformer.forward(
         config, params, tokens_BT, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids
     )

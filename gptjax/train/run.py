@@ -87,9 +87,10 @@ def _train(
             lambda rng: transformer.init(setup.model, rng), setup.optimizer.tx, seed=cfg.seed, shardings=setup.shardings
         )
     else:
-        if latest >= cfg.train.num_steps and (path / SUMMARY_FILE).exists():
+        summary = _finished(cfg, path, latest)
+        if summary is not None:
             logging.info("%s: finished already, at step %d of %d.", path, latest, cfg.train.num_steps)
-            return json.loads((path / SUMMARY_FILE).read_text())
+            return summary
         state = _restore(store, latest, setup, meta, account)
         logging.info("Going on from step %d of %d.", latest, cfg.train.num_steps)
     throughput = Throughput(
@@ -112,6 +113,14 @@ def _train(
     if hosts.is_lead():
         write_json(path / SUMMARY_FILE, summary)
     return summary
+
+
+def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] | None:
+    """The summary of a run with nothing left to do; None if it was killed before writing one."""
+    if latest < cfg.train.num_steps or not (path / SUMMARY_FILE).exists():
+        return None
+    summary = json.loads((path / SUMMARY_FILE).read_text())
+    return summary if summary["step"] == latest else None
 
 
 class Account(Hook):

@@ -32,6 +32,8 @@ class Recorder(Hook):
 class FakeState:
     """Counts steps; stands for a state on a device."""
 
+    params = {"embed": np.ones(3)}
+
     def __init__(self, step=0):
         self.step = step
 
@@ -212,8 +214,16 @@ def test_a_real_nan_batch_stops_the_run():
         return loss._replace(total=loss.total * np.nan)
 
     optimizer = toy.optimizer()
-    with pytest.raises(DivergedError, match="step 1: "):
+    with pytest.raises(DivergedError, match="step 1: .* All parameters are finite, so it arises in the forward"):
         loop.fit(objective, optimizer, toy.new_state(optimizer.tx), toy.batches(), num_steps=5)
+
+
+def test_a_divergence_names_the_parameters_that_are_not_finite():
+    optimizer = toy.optimizer()
+    state = toy.new_state(optimizer.tx)
+    state = state.replace(params=state.params | {"embed": state.params["embed"].at[3].set(np.inf)})
+    with pytest.raises(DivergedError, match="step 1: .* Not finite are the parameters embed.$"):
+        loop.fit(toy.objective, optimizer, state, toy.batches(), num_steps=5)
 
 
 def test_rates_leave_out_the_first_step_and_time_spent_elsewhere():

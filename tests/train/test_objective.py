@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelSpec, MoEConfig
+from gptjax.nn.config import MoEConfig
+from gptjax.nn.spec import ModelSpec
 from gptjax.train import objective as objectives
 from gptjax.train import step as step_lib
 from gptjax.types import Batch
@@ -124,7 +125,9 @@ def test_accumulation_equals_the_large_batch_for_a_transformer(changes):
     (whole_state, whole), (parts_state, parts) = results
     update = jax.tree.map(jnp.subtract, whole_state.params, params)
     error = jax.tree.map(jnp.subtract, whole_state.params, parts_state.params)
-    assert optax.tree.norm(error) <= 1e-6 * optax.tree.norm(update)
+    # 9e-7 was measured: float32 sums in another order, added to parameters that are rounded themselves.
+    assert optax.tree.norm(error) <= 3e-6 * optax.tree.norm(update)
+    assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(error)) <= 2e-6
     for name in whole:
         np.testing.assert_allclose(
             whole[name].total / whole[name].count, parts[name].total / parts[name].count, rtol=2e-6, err_msg=name
@@ -233,3 +236,9 @@ def test_masked_lm_refuses_a_causal_model_and_sizes_that_do_not_fit():
         masked(model())
     with pytest.raises(ValueError, match="mask_id=48"):
         masked(mask_id=48)
+
+
+def test_rows_longer_than_the_model_are_refused():
+    cfg = model(seq_len=12)
+    with pytest.raises(ValueError, match="rows of 16 tokens .* seq_len=12"):
+        objectives.next_token(cfg)(init(cfg), (), packed_batch(), jax.random.key(0), jnp.zeros((), jnp.int32))

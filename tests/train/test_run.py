@@ -62,6 +62,10 @@ def test_a_run_leaves_its_summary_metrics_config_and_checkpoints(run_config, tmp
     before = files_under(tmp_path)
     assert run(cfg, tmp_path) == summary
     assert files_under(tmp_path) == before, "a finished run is left as it is"
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"step": 3}))  # killed before the last one was written
+    again = run(cfg, tmp_path)
+    assert (again["step"], again["train_tokens"]) == (6, summary["train_tokens"])
+    assert again["eval/loss"] == summary["eval/loss"]
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_config, tmp_path, data_dir, monkeypatch):
