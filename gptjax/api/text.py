@@ -114,13 +114,17 @@ class DataCollatorForLanguageModeling:
     Args:
       mlm: True hides 15 % of the tokens (of these 80 % as mask, 10 % as a random token, 10 % as they
         are) and predicts them from both sides; False predicts every token from those before it.
+      mlm_probability: another part to hide than 15 %.
     """
 
-    def __init__(self, tokenizer: GPT4Tokenizer, *, mlm: bool = True) -> None:
+    def __init__(
+        self, tokenizer: GPT4Tokenizer, *, mlm: bool = True, mlm_probability: float = objective.MASKED_FRACTION
+    ) -> None:
         if mlm and tokenizer.mask_token_id is None:
             raise ValueError("mlm=True hides tokens behind a mask token, and this tokenizer has none; use mlm=False")
         self.tokenizer = tokenizer
         self.mlm = mlm
+        self.mlm_probability = mlm_probability
 
     def __call__(self, examples: Sequence[Any], *, length: int | None = None) -> Batch:
         """Rows of int32 and float32 numpy arrays, padded on the right.
@@ -155,7 +159,11 @@ class DataCollatorForLanguageModeling:
         inner = self.tokenizer.inner
         assert inner.mask_id is not None, "checked at construction"
         return objective.masked_lm(
-            config, mask_id=inner.mask_id, vocab_size=inner.vocab_size, special_ids=sorted(inner.special_ids)
+            config,
+            mask_id=inner.mask_id,
+            vocab_size=inner.vocab_size,
+            special_ids=sorted(inner.special_ids),
+            fraction=self.mlm_probability,
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from gptjax.api.arguments import TrainingArguments
@@ -69,6 +71,8 @@ class Trainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         model.tokenizer = tokenizer
         model.config = self.data_collator.model_config(model.config)
+        if args.bf16:
+            model.config = dataclasses.replace(model.config, dtype="bfloat16")
         setup.check_tokenizer(model.config, tokenizer.inner, path="given to the Trainer")
 
     def train(self, *, resume_from_checkpoint: bool = False) -> TrainOutput:
@@ -85,6 +89,7 @@ class Trainer:
         with self._mesh() as mesh, contextlib.closing(self._store(resume_from_checkpoint)) as store:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size
             num_steps = args.max_steps if num_rows is None else math.ceil(num_rows / batch_size)
+            steps_per_epoch = math.ceil(len(dataset) / batch_size)
             optimizer, state = self._start(mesh, store, num_steps)
             start_step = int(state.step)
             result = loop.fit(
@@ -96,7 +101,7 @@ class Trainer:
                 seed=args.seed,
                 accumulate_steps=args.gradient_accumulation_steps,
                 log_every=args.logging_steps,
-                hooks=self._hooks(store, num_steps=num_steps, start_step=start_step),
+                hooks=self._hooks(store, num_steps, start_step=start_step, steps_per_epoch=steps_per_epoch),
             )
         self.model.params = result.state.params
         return TrainOutput(result.step, result.values.get("loss", math.nan), dict(result.values))
@@ -140,17 +145,26 @@ class Trainer:
         newest = store.latest()
         if newest is None or resume:
             return store
+        if self.args.overwrite_output_dir:
+            logging.warning("%s: removing the run with checkpoints up to step %d", store.directory, newest)
+            for step in store.steps():
+                (store.directory / str(step)).rmtree()
+            return store
         store.close()
         raise ValueError(
             f"{self.args.output_dir} holds a run with checkpoints up to step {newest}: go on with "
-            f"train(resume_from_checkpoint=True), or choose another output_dir"
+            f"train(resume_from_checkpoint=True), choose another output_dir, or set overwrite_output_dir=True"
         )
 
     def _start(self, mesh: Mesh, store: CheckpointStore, num_steps: int) -> tuple[build.Optimizer, TrainState]:
         config = self.model.config
         shapes, axes = transformer.abstract_params(config), transformer.param_axes(config)
         optimizer = build.build(
-            self.args.optimizer(), shapes, axes, num_steps=num_steps, balance_rate=setup.balance_rate(config)
+            self.args.optimizer(num_steps=num_steps),
+            shapes,
+            axes,
+            num_steps=num_steps,
+            balance_rate=setup.balance_rate(config),
         )
         abstract = state_lib.abstract_state(shapes, optimizer.tx)
         shardings = rules.state_shardings(mesh, abstract, axes, shapes)
@@ -166,7 +180,9 @@ class Trainer:
         count = jax.device_put(jax.numpy.asarray(newest, jax.numpy.int32), shardings.step)
         return optimizer, TrainState(step=count, params=found.params, opt_state=found.opt_state, extra={})
 
-    def _hooks(self, store: CheckpointStore, *, num_steps: int, start_step: int) -> list[hooks.Hook]:
+    def _hooks(
+        self, store: CheckpointStore, num_steps: int, *, start_step: int, steps_per_epoch: int
+    ) -> list[hooks.Hook]:
         args = self.args
         meta = meta_lib.make(self.model.config, run=args.to_dict(), tokenizer=self.tokenizer.inner.fingerprint)
         assets = {tokenizer_lib.FILE_NAME: self.tokenizer.inner.to_bytes()}
@@ -177,9 +193,11 @@ class Trainer:
         chosen: list[hooks.Hook] = [
             hooks.ProgressLine(num_steps=num_steps), MetricsWriter(args.output_dir, start_step=start_step)
         ]  # fmt: skip
-        if args.eval_steps is not None and self.eval_dataset is not None:
-            chosen.append(hooks.Evaluation(lambda state: self._evaluate(state.params), every=args.eval_steps))
-        return [*chosen, hooks.Checkpoints(save, store.wait, every=args.save_steps, last_step=start_step)]
+        eval_every = args.eval_every(steps_per_epoch)
+        if eval_every is not None:
+            chosen.append(hooks.Evaluation(lambda state: self._evaluate(state.params), every=eval_every))
+        save_every = args.save_every(steps_per_epoch)
+        return [*chosen, hooks.Checkpoints(save, store.wait, every=save_every, last_step=start_step)]
 
     def _train_batches(
         self, mesh: Mesh, dataset: Sequence[Any], *, batch_size: int, num_rows: int | None, start_step: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -194,9 +196,42 @@ def test_what_does_not_fit_is_refused(tokenizer):
         GPT4LMHeadModel.from_config("gpt5")
 
 
+def test_another_part_of_the_tokens_may_be_hidden(tokenizer):
+    hidden = {}
+    for probability in (0.15, 0.6):
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability)
+        model = trainer_of(tokenizer, mlm=True).model
+        batch = collator([np.arange(100, dtype=np.int32)] * 8)
+        loss = jax.jit(collator.objective(model.config))(model.params, (), batch, jax.random.key(0), 0)
+        hidden[probability] = float(loss.weight) / 800
+    assert hidden == pytest.approx({0.15: 0.15, 0.6: 0.6}, abs=0.05)
+
+
+def test_evaluates_and_saves_when_told(tokenizer, tmp_path):
+    trainer = trainer_of(
+        tokenizer, mlm=False, block_size=64, max_steps=-1, num_train_epochs=2.0, eval_strategy="epoch",
+        save_strategy="epoch", warmup_ratio=0.5, bf16=True,
+    )  # fmt: skip
+    per_epoch = -(-len(trainer.train_dataset) // jax.device_count())
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [per_epoch, 2 * per_epoch]
+    assert sorted(int(path.name) for path in (tmp_path / "out" / "ckpt").iterdir()) == [per_epoch, 2 * per_epoch]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert int(np.argmax(rates)) == per_epoch - 1
+    assert trainer.model.config.dtype == "bfloat16"
+    trainer.args = dataclasses.replace(trainer.args, overwrite_output_dir=True, max_steps=1)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "out" / "ckpt").iterdir()] == ["1"]
+
+
 def test_unknown_and_mistyped_arguments_are_refused():
     with pytest.raises(TypeError, match="evaluation_stratgy"):
         TrainingArguments("out", evaluation_stratgy="steps")
+    with pytest.raises(ValueError, match="means nothing"):
+        TrainingArguments("out", eval_steps=3)
+    with pytest.raises(ValueError, match="save_strategy"):
+        TrainingArguments("out", save_strategy="epochs")
     with pytest.raises(ValueError, match="lr_scheduler_type"):
         TrainingArguments("out", lr_scheduler_type="cosin")
     with pytest.raises(ValueError, match="learning_rate"):
