@@ -2,11 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import portpicker
 import pytest
 
 from gptjax import config as config_lib
@@ -27,8 +27,14 @@ run(config.from_dict(RunConfig, json.loads(sys.argv[1])), sys.argv[2])
 MOE = {"num_experts": 4, "num_experts_per_token": 2, "d_ff": 16, "activation": "swiglu"}
 
 
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def run_on_two_hosts(cfg, workdir):
-    port = portpicker.pick_unused_port()
+    port = unused_port()
     children = []
     for process in range(2):
         env = os.environ | {
