@@ -1,7 +1,8 @@
 """Key/value caches: explicit values, given to the model and returned updated.
 
 A cache is a nested dict `group_<i>/block_<j>/{entries..., positions}` with the layers of a
-group stacked on a leading axis. Entries are `keys, values [B, S, K, H]`, or `latents [B, S, R]`
+group stacked on a leading axis. Entries are `keys, values [B, K, S, H]`, heads first as
+attention reads them (a step would else transpose the whole cache), or `latents [B, S, R]`
 and `rotated_keys [B, S, H]` for latent attention. `positions [B, S]` holds the position of
 every slot, -1 where empty, so that attention masks follow from data: rows may stand at
 different positions, and a windowed layer keeps a ring of its last `window` positions.
@@ -43,7 +44,7 @@ def _empty(block: BlockConfig, lead: tuple[int, int], max_len: int, dtype: Any) 
     cfg = block.attention
     slots = max_len if cfg.window is None else min(cfg.window, max_len)
     if isinstance(cfg, AttentionConfig):
-        shape = (*lead, slots, cfg.num_kv_heads, cfg.head_dim)
+        shape = (*lead, cfg.num_kv_heads, slots, cfg.head_dim)
         entries = {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
     else:
         entries = {
@@ -79,13 +80,22 @@ def append(
     else:
         slot_BT = jnp.where(kept, positions_BT, slots)
     row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
-    updated = {
-        name: cache[name].at[row_B1, slot_BT].set(value.astype(cache[name].dtype), mode="drop")
-        for name, value in new.items()
-    }
+    updated = {}
+    for name, value in new.items():
+        slots_of_rows: tuple[Array, ...] = (row_B1, slot_BT)
+        if value.ndim == 4:
+            # Heads are indexed too: one update of a whole slice would become a copy of the cache.
+            head_K = jnp.arange(value.shape[2])
+            slots_of_rows = (row_B1[:, :, None], head_K, slot_BT[:, :, None])
+        updated[name] = cache[name].at[slots_of_rows].set(value.astype(cache[name].dtype), mode="drop")
     if ring and num_new > 1:
         view = {
-            name: jnp.concatenate([cache[name], value.astype(cache[name].dtype)], axis=1) for name, value in new.items()
+            name: jnp.concatenate([_slots_first(cache[name]), value.astype(cache[name].dtype)], axis=1)
+            for name, value in new.items()
         }
         return updated, view
-    return updated, updated
+    return updated, {name: _slots_first(value) for name, value in updated.items()}
+
+
+def _slots_first(cached: Array) -> Array:
+    return cached.swapaxes(1, 2) if cached.ndim == 4 else cached
