@@ -9,7 +9,6 @@ once; a smaller --stride gives it more context and costs more. Writes --out, or 
 
 from __future__ import annotations
 
-import json
 import pathlib
 import tempfile
 import time
@@ -41,15 +40,14 @@ def main(argv: list[str]) -> None:
     import gptjax
     from gptjax.data import loader
     from gptjax.eval import baselines, perplexity
+    from gptjax.train.metrics import write_json
 
     model = gptjax.load(_CKPT.value or _WORKDIR.value)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         store = _open(model, pathlib.Path(scratch) / "store")
         stride = _STRIDE.value or max(1, model.config.seq_len // 2)
-        batches = loader.eval_batches(
-            store, batch_size=_BATCH_SIZE.value, seq_len=model.config.seq_len, stride=stride
-        )
+        batches = loader.eval_batches(store, batch_size=_BATCH_SIZE.value, seq_len=model.config.seq_len, stride=stride)
         found = perplexity.evaluate(model.config, model.params, batches)
         bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
         if _BASELINES.value:
@@ -68,10 +66,9 @@ def main(argv: list[str]) -> None:
         "wall_seconds": time.perf_counter() - began,
     }
     _print(summary)
-    out = _OUT.value or (_WORKDIR.value and pathlib.Path(_WORKDIR.value) / "eval" / "summary.json")
+    out = _OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/eval/summary.json")
     if out:
-        pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(out).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(out, summary)
 
 
 def _open(model: Model, scratch: pathlib.Path) -> Store:

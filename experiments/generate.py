@@ -8,8 +8,6 @@ Several --prompt flags are completed as one batch.
 
 from __future__ import annotations
 
-import json
-import pathlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -39,6 +37,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     import gptjax
+    from gptjax.train.metrics import write_json
 
     prompts = _PROMPT.value or [sys.stdin.read()]
     if not any(prompts):
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
     if _OUT.value:
         samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
         summary = {"checkpoint": _CKPT.value, "options": options, "wall_seconds": seconds, "samples": samples}
-        pathlib.Path(_OUT.value).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(_OUT.value, summary)
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:
