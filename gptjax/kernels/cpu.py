@@ -1,10 +1,14 @@
-"""Settings of XLA:CPU that make training faster; they must be made before JAX's first computation."""
+"""What makes XLA:CPU faster; settings must be made before JAX's first computation."""
 
 from __future__ import annotations
 
 import os
 
+import jax.numpy as jnp
 import jaxlib
+
+from gptjax.parallel.mesh import platform
+from gptjax.types import Array
 
 # XLA aborts on a flag that it does not know, so this one is set only for the releases known to have it.
 _KNOWN_RELEASES = ((0, 10),)
@@ -21,3 +25,12 @@ def configure() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if release in _KNOWN_RELEASES and _FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{_FLAG}=".strip()
+
+
+def computed_once(x: Array) -> Array:
+    """`x`, which on CPU is not computed anew inside every fusion that reads it.
+
+    XLA:CPU drops optimization barriers and takes sines and cosines for cheap. A product is never part of
+    a fusion, and one with the identity is exact.
+    """
+    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x

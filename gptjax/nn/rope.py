@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.kernels.cpu import computed_once
 from gptjax.nn.config import RopeConfig, RopeScaling
 from gptjax.types import Array
 
@@ -15,7 +16,7 @@ def tables(cfg: RopeConfig, head_dim: int, positions_BT: Array) -> tuple[Array, 
     """`(cos, sin)`, each float32 `[B, T, rotated / 2]`, of `positions * frequency`."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies(cfg, head_dim))
     factor = attention_factor(cfg.scaling)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return computed_once(jnp.cos(angles) * factor), computed_once(jnp.sin(angles) * factor)
 
 
 def rotate(x_BTNH: Array, table: tuple[Array, Array]) -> Array:
