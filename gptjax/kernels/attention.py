@@ -8,7 +8,7 @@ rows, padded caches and ring buffers are one code path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 
@@ -114,24 +114,32 @@ def _plain(
     q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
     sinks_KG = None if request.sinks_N is None else request.sinks_N.reshape(k_BKSH.shape[1], -1)
+    spans = _chunks(q_BTNH.shape[1], in_order=request.in_order and request.causal, window=request.window)
+    # Split and joined, not sliced: the gradient of a slice is padded to the whole before it is added.
+    q_parts, k_parts, v_parts = (jnp.split(x, len(spans), axis=2) for x in (q_BKTGH, k_BKSH, v_BKSH))
     chunks = []
-    for queries, keys in _chunks(q_BTNH.shape[1], in_order=request.in_order and request.causal, window=request.window):
-        operands = q_BKTGH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask(queries, keys)
-        chunks.append(attend(*operands, sinks_KG, scale=request.scale, softcap=request.softcap))
-    o_BKTGH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
-    return jnp.moveaxis(o_BKTGH, 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
+    for i, (first, queries, keys) in enumerate(spans):
+        k, v = (_join(parts[first : i + 1]) for parts in (k_parts, v_parts))
+        operands = q_parts[i], k, v, mask(queries, keys), sinks_KG
+        chunks.append(attend(*operands, scale=request.scale, softcap=request.softcap))
+    return jnp.moveaxis(_join(chunks), 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
 
 
-def _chunks(length: int, *, in_order: bool, window: int | None) -> list[tuple[slice, slice]]:
-    """Slices of queries, and of the keys that those can see."""
+def _chunks(length: int, *, in_order: bool, window: int | None) -> list[tuple[int, slice, slice]]:
+    """For each chunk of queries: the first chunk of keys that it can see, its positions, and those of its keys."""
     num = next(n for n in range(_MAX_CHUNKS, 0, -1) if n == 1 or (length % n == 0 and length // n >= _MIN_CHUNK))
     mesh = rules.current_mesh()
     # A sequence that is split over the mesh has all chunks at work at once; cutting it again would move it.
     if not in_order or num == 1 or (mesh is not None and rules.axis_size(mesh, "act_length") > 1):
-        return [(slice(None), slice(None))]
+        return [(0, slice(None), slice(None))]
     size = length // num
     starts = range(0, length, size)
-    firsts = [0 if window is None else max(0, start - window + 1) for start in starts]
+    firsts = [0 if window is None else max(0, start - window + 1) // size for start in starts]
     return [
-        (slice(start, start + size), slice(first, start + size)) for start, first in zip(starts, firsts, strict=True)
+        (first, slice(start, start + size), slice(first * size, start + size))
+        for first, start in zip(firsts, starts, strict=True)
     ]
+
+
+def _join(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
