@@ -162,10 +162,17 @@ def test_training_reads_no_more_than_it_was_told(code):
     assert tokenizer.train_bpe(texts(), 400, max_bytes=limit).vocab_size == 400
 
 
-def test_models_of_others_load(shared_data):
+def test_models_of_others_load(shared_data, monkeypatch):
     mistral = tokenizer.load(shared_data / "tokenizers" / "mistral_v1" / "tokenizer.model.v1")
     assert (mistral.vocab_size, mistral.bos_id, mistral.pad_id) == (32000, 1, None)
     assert mistral.has_dummy_prefix
     for text in ("Hello  world\n\tx", " x", "\u2581", ""):
         assert mistral.decode(mistral.encode(text)) == text
+    # A space before the whole text, none before its parts: around that character, and where a long text is cut.
+    text = "a\u2581b\u2581\u2581 c"
+    assert mistral.decode(mistral.encode(text)) == text
+    text = "one line\nand another\n" * 20
+    at_once = mistral.encode(text)
+    monkeypatch.setattr(tokenizer, "_ENCODE_CHUNK_CHARACTERS", 30)
+    assert mistral.encode_batch([text, "x"])[0].tolist() == at_once
     assert mistral.encode_batch(["a", "bc"])[1].dtype == np.int32
