@@ -150,9 +150,7 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     Raises:
       ValueError: if nothing is there, a file is missing, cut or damaged, or the tokenizer is another.
     """
-    directory = pathlib.Path(path)
-    if "://" in str(path):
-        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy it there first")
+    directory = local_path(path)
     if not (directory / META).is_file():
         partial = partial_path(directory)
         hint = f"{partial} is unfinished: run the same command again" if partial.is_dir() else HOW_TO_MAKE
@@ -209,6 +207,13 @@ def check(path: pathlib.Path, expected: int) -> None:
             crc = zlib.crc32(block, crc)
     if crc != expected:
         raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {HOW_TO_MAKE}")
+
+
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a store; raises ValueError for one with a scheme, which `pathlib` would take for a directory."""
+    if "://" in str(path):
+        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy them from or to it")
+    return pathlib.Path(path)
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:

@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 FILE_NAME = "tokenizer.model"
 
@@ -114,12 +115,12 @@ def available_cores() -> int:
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer from a file, or from `tokenizer.model` in a directory.
+    """Reads a tokenizer from a file, or from `tokenizer.model` in a directory, local or gs://.
 
     Raises:
       ValueError: if nothing is there, or it is no tokenizer this module knows.
     """
-    file = pathlib.Path(path)
+    file = epath.Path(path)
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():

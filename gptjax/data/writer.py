@@ -48,7 +48,8 @@ def write_store(
       ValueError: if the documents are empty, or `path` or its unfinished part is damaged or holds
         something else.
     """
-    final, partial = pathlib.Path(path), store.partial_path(pathlib.Path(path))
+    final = store.local_path(path)
+    partial = store.partial_path(final)
     start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     plan = store.StoreMeta(
         version=store.VERSION,

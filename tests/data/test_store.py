@@ -208,6 +208,13 @@ def test_nothing_there_is_named(tmp_path):
         store.open_store("gs://bucket/train")
 
 
+def test_a_store_is_not_written_to_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/train: stores are memory-mapped"):
+        writer.write_store("gs://bucket/train", DOCUMENTS, BYTES, description="-")
+    assert not list(tmp_path.iterdir())
+
+
 def test_progress_counts_everything_once(tmp_path):
     seen = []
     with pytest.raises(Killed):

@@ -3,6 +3,7 @@ import string
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,15 @@ def test_save_and_load_from_file_or_directory(tmp_path, bpe):
     tokenizer.save(bpe, tmp_path / tokenizer.FILE_NAME)
     with pytest.raises(ValueError, match="another tokenizer is already there"):
         tokenizer.save(tokenizer.byte_level(), tmp_path / tokenizer.FILE_NAME)
+
+
+def test_a_tokenizer_is_read_from_a_bucket(bucket):
+    epath.Path(bucket).mkdir(parents=True)
+    epath.Path(f"{bucket}/{tokenizer.FILE_NAME}").write_bytes(tokenizer.byte_level().to_bytes())
+    for path in (bucket, f"{bucket}/{tokenizer.FILE_NAME}"):
+        assert tokenizer.load(path).kind == "bytes"
+    with pytest.raises(ValueError, match="gs://bucket/other: no tokenizer there"):
+        tokenizer.load(f"{bucket}/other")
 
 
 def test_characters(tmp_path):
