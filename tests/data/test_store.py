@@ -150,9 +150,11 @@ def test_token_numbers_beyond_32_bits(tmp_path):
         sizes = np.array([[length, length - 2]], "<u4").tobytes()
         (tmp_path / store.documents_name(index)).write_bytes(sizes)
         crc = zlib.crc32(sizes)
-        shards.append(store.ShardMeta(
+        shards.append(
+            store.ShardMeta(
                 num_documents=1, num_tokens=length, num_bytes=length - 2, text_crc=0, tokens_crc=0, documents_crc=crc
-            ))
+            )
+        )
     meta = store.StoreMeta(
         version=store.VERSION, fingerprint=BYTES.fingerprint, vocab_size=260, source="holes", start_id=0, end_id=258,
         shard_bytes=1 << 40, shards=tuple(shards),
