@@ -1,4 +1,4 @@
-"""Start-up in a job of several processes, and which rows each of them loads; see train/test_multihost.py for two real ones."""
+"""Start-up in a job of several processes, and which rows each loads; two real ones are in train/test_multihost.py."""
 
 import jax
 import numpy as np
