@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from absl import app, flags, logging
 
 from experiments import common
-from gptjax.data import clean, source, tokenizer, writer
+from gptjax.data import clean, source, store, tokenizer, writer
 from gptjax.data.progress import ProgressLine
 
 _SOURCE = flags.DEFINE_string("source", "stdlib", str(source.__doc__).partition("\n\n")[2])
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     began = time.perf_counter()
-    out, text = pathlib.Path(_OUT.value), source.open_source(_SOURCE.value)
+    out, text = store.local_path(_OUT.value), source.open_source(_SOURCE.value)
     if _DROP_DUPLICATES.value:
         documents = text.documents
         text = dataclasses.replace(text, documents=lambda: clean.drop_duplicates(documents()))
@@ -65,10 +65,10 @@ def _write_part(
     documents = source.split(text, part, eval_fraction=_EVAL_FRACTION.value)
     description = f"{part} of {text.description}, eval_fraction={_EVAL_FRACTION.value:g}"
     description += ", no duplicates" if _DROP_DUPLICATES.value else ""
-    store = writer.write_store(path, documents, pieces, description=description, progress_fn=line)
+    found = writer.write_store(path, documents, pieces, description=description, progress_fn=line)
     line.close()
-    counts = {"documents": store.num_documents, "bytes": store.num_bytes, "tokens": store.num_tokens}
-    return counts | {"bytes_per_token": round(store.num_bytes / store.num_tokens, 4)}
+    counts = {"documents": found.num_documents, "bytes": found.num_bytes, "tokens": found.num_tokens}
+    return counts | {"bytes_per_token": round(found.num_bytes / found.num_tokens, 4)}
 
 
 def _tokenizer(path: pathlib.Path, text: source.Source) -> tokenizer.Tokenizer:

@@ -12,6 +12,7 @@ import platform
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
@@ -55,3 +56,14 @@ def shared_data() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no real data at {directory}; set GPTJAX_DATA to its directory")
     return directory
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The address of an empty bucket that is not there: its files lie in the test's directory.
+
+    etils, asked to take gs:// for the local file system, opens `gs://bucket/x` as a relative path.
+    """
+    monkeypatch.chdir(tmp_path)
+    with epath.testing.mock_epath():
+        yield "gs://bucket"

@@ -27,7 +27,7 @@ class Meta:
       tokenizer: fingerprint of the tokenizer whose ids the embeddings are of; empty for none.
       lineage: what was done to get here, oldest first; one entry a stage (`stage` and its facts).
       versions: of the libraries that wrote it.
-      created: UTC, ISO 8601.
+      created: when it was saved, UTC, ISO 8601.
       score: of the model on held-out text, lower being better; None where it was not measured.
       checksums: by item and path, of every array (`arrays.checksums`) and asset (CRC-32).
     """
@@ -61,10 +61,15 @@ def make(
         tokenizer=tokenizer,
         lineage=tuple(dict(entry) for entry in lineage),
         versions=_versions(),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=now(),
         score=None,
         checksums={},
     )
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def to_json(meta: Meta) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 
 def first_line(error: Exception) -> str:
     """The error's first line; TensorStore's go on for pages."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def quiet_orbax() -> None:

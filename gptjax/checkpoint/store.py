@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -30,6 +29,7 @@ from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.narration import first_line, quiet_orbax
 from gptjax.checkpoint.reading import Restored, find, read_assets, read_meta, restore_params
 from gptjax.nn.config import ModelConfig
+from gptjax.parallel import hosts
 from gptjax.types import Params
 
 __all__ = ["CheckpointStore", "Restored", "find", "read_assets", "read_meta", "restore_params"]
@@ -54,7 +54,7 @@ class CheckpointStore:
         quiet_orbax()
         self.directory = absolute(workdir) / DIRECTORY
         self._keep = (keep_last, keep_every, keep_best)
-        if _is_lead():
+        if hosts.is_lead():
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_uncommitted(self.directory)
         ocp.multihost.sync_global_processes("checkpoint_store_open")
@@ -85,7 +85,7 @@ class CheckpointStore:
         A step that is saved already is left as it is.
 
         Args:
-          meta: its step, checksums and score are filled in here.
+          meta: its step, time, checksums and score are filled in here.
           data: JSON of the data pipeline's position.
           assets: plain files by name (the tokenizer).
           score: lower is better; for `keep_best`.
@@ -104,7 +104,7 @@ class CheckpointStore:
         }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
         sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
-        meta = dataclasses.replace(meta, step=step, score=score, checksums=sums)
+        meta = dataclasses.replace(meta, step=step, created=meta_lib.now(), score=score, checksums=sums)
         items: dict[str, Any] = {
             item: ocp.args.PyTreeSave(arrays.nest(leaves)) for item, leaves in flat.items() if leaves
         }
@@ -164,7 +164,7 @@ class CheckpointStore:
             yield
         except Exception as error:
             self._pending = None
-            if _is_lead():
+            if hosts.is_lead():
                 remove_uncommitted(self.directory)
             good = max(self.steps(), default=None)  # not `latest`: the other processes may be well
             raise ValueError(
@@ -174,7 +174,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         """Removes what the policy does not keep; only ever after a newer one is committed."""
-        if not _is_lead():
+        if not hosts.is_lead():
             return
         keep_last, keep_every, keep_best = self._keep
         steps = self.steps()
@@ -190,10 +190,6 @@ class CheckpointStore:
 def _score(path: epath.Path) -> float:
     score = read_meta(path).score
     return math.inf if score is None else score
-
-
-def _is_lead() -> bool:
-    return jax.process_index() == 0
 
 
 def _agreed(value: int) -> int:

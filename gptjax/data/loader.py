@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 
 from gptjax.data import mixture, packing, tokenizer
 from gptjax.data import store as store_lib
@@ -54,24 +55,6 @@ class DataConfig:
             raise ValueError(f"prefetch: expected 0 or more batches, got {self.prefetch}")
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceSummary:
-    """One source of a mixture, for the table printed at the start of a run.
-
-    Attributes:
-      share: of the rows.
-      num_rows: in one epoch.
-      padding: share of its positions that hold no token.
-    """
-
-    path: str
-    share: float
-    num_documents: int
-    num_tokens: int
-    num_rows: int
-    padding: float
-
-
 class TrainData:
     """Random access to the training batches of one host: `data[step]`."""
 
@@ -106,20 +89,17 @@ class TrainData:
             packing.fill_row(batch, at, self._stores[source], spans)
         return batch
 
-    def summaries(self) -> list[SourceSummary]:
-        return [
-            SourceSummary(
-                path=name,
-                share=quota / self._mixture.period,
-                num_documents=store.num_documents,
-                num_tokens=store.num_tokens,
-                num_rows=plan.num_rows,
-                padding=1 - (store.num_tokens - store.num_documents) / (plan.num_rows * self._seq_len),
+    def summary(self) -> str:
+        """A line for each source: its share of the rows, and what an epoch of it is."""
+        lines = []
+        parts = zip(self._mixture.names, self._mixture.quotas, self._stores, self._plans, strict=True)
+        for name, quota, store, plan in parts:
+            padding = 1 - (store.num_tokens - store.num_documents) / (plan.num_rows * self._seq_len)
+            lines.append(
+                f"{name}: {quota / self._mixture.period:.2%} of the rows, {store.num_documents:,} documents, "
+                f"{store.num_tokens:,} tokens, {plan.num_rows:,} rows an epoch, {padding:.2%} of them padding"
             )
-            for name, quota, store, plan in zip(
-                self._mixture.names, self._mixture.quotas, self._stores, self._plans, strict=True
-            )
-        ]
+        return "\n".join(lines)
 
 
 def train_batches(
@@ -131,6 +111,7 @@ def train_batches(
       ValueError: as `TrainData`, before the first batch is asked for.
     """
     data = TrainData(cfg, seq_len=seq_len, seed=seed, num_hosts=num_hosts, host=host)
+    logging.info("data\n%s", data.summary())
     options = grain.ReadOptions(num_threads=min(cfg.prefetch, 4), prefetch_buffer_size=cfg.prefetch)
     steps: Any = grain.MapDataset.source(data)[start_step:]
     return iter(steps.to_iter_dataset(options))

@@ -56,7 +56,7 @@ class Mixture:
 
 
 def _quotas(weights: Mapping[str, float]) -> tuple[int, ...]:
-    """Integers in the ratio of the weights, their sum at most `_MAX_PERIOD`."""
+    """Integers in the ratio of the weights; where that takes more than `_MAX_PERIOD` in all, the nearest from 1 on."""
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"{name}: expected a positive weight, got {weight}; leave out what is not wanted")
@@ -87,7 +87,7 @@ def _schedule(quotas: tuple[int, ...]) -> np.ndarray:
     schedule = np.zeros(period, np.int32)
     if num_sources == 1:
         return schedule
-    # All in integers: slack = (1 - 1 / (2k - 2)) times the denominator 2k - 2.
+    # In integers: slack = (1 - 1 / (2k - 2)) times the denominator 2k - 2.
     denominator = 2 * num_sources - 2
     slack = (denominator - 1) * period
     for row in range(period):

@@ -86,8 +86,8 @@ def open_source(spec: str) -> Source:
 
 def split(source: Source, part: Part, *, eval_fraction: float) -> Iterator[Document]:
     """The documents of one part, in order; without `eval_fraction` all are for training."""
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction: expected 0 to below 1, got {eval_fraction}")
+    if not 0 <= eval_fraction <= 0.5:
+        raise ValueError(f"eval_fraction: expected 0 to 0.5, got {eval_fraction}")
     for document in source.documents():
         if source.is_one_text:
             cut = int(len(document.text) * (1 - eval_fraction))
@@ -161,7 +161,10 @@ def _of_file(where: str, read: Callable[[str, pathlib.Path], Iterator[Document]]
     return Source(where, lambda: _nonempty(read(path.name, path)), _size([path]))
 
 
-def _size(paths: Iterable[pathlib.Path]) -> int:
+def _size(paths: Iterable[pathlib.Path]) -> int | None:
+    paths = list(paths)
+    if any(path.name.endswith((".gz", ".zst", _PARQUET_SUFFIX)) for path in paths):
+        return None  # compressed: its size says little about the text
     return sum(path.stat().st_size for path in paths)
 
 
@@ -223,7 +226,8 @@ class _ZstdReader(io.RawIOBase):
         self._raw = raw
         self._decompressor = zstandard.ZstdDecompressor()
         self._frame = self._decompressor.decompressobj()
-        self._compressed = self._text = b""
+        self._compressed = b""
+        self._text = memoryview(b"")  # taken from without copying the rest: one read may decompress to gigabytes
 
     def readable(self) -> bool:
         return True
@@ -245,15 +249,21 @@ class _ZstdReader(io.RawIOBase):
             self._frame = self._decompressor.decompressobj()
         elif not compressed:
             raise EOFError("the file ends within a zstd frame")
-        self._text = self._frame.decompress(compressed)
+        self._text = memoryview(self._frame.decompress(compressed))
         self._compressed = self._frame.unused_data if self._frame.eof else b""
         return True
 
 
 def _text_of(record: object, where: str) -> str:
     text = record.get(TEXT_KEY) if isinstance(record, dict) else None
-    if isinstance(text, str):
-        return text
+    try:
+        if isinstance(text, bytes):
+            return text.decode()
+        if isinstance(text, str):
+            text.encode()  # JSON can spell half a character, which no tokenizer could encode
+            return text
+    except UnicodeError as error:
+        raise ValueError(f"{where}: `{TEXT_KEY}` is not Unicode text: {error}") from error
     got = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
     raise ValueError(f"{where}: expected an object with the string `{TEXT_KEY}`, got {got}")
 
@@ -262,17 +272,19 @@ def _read_parquet(id: str, path: pathlib.Path) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if TEXT_KEY not in table.schema_arrow.names:
                 raise ValueError(f"{path}: expected a column `{TEXT_KEY}`, got {table.schema_arrow.names}")
-            row = 0
             for batch in table.iter_batches(batch_size=256, columns=[TEXT_KEY]):
                 for text in batch.column(0).to_pylist():
                     if text is not None and not isinstance(text, str):
                         raise ValueError(f"{path}: row {row}: expected a string, got {type(text).__name__}")
                     yield Document(f"{id}:{row}", text or "")
                     row += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: column `{TEXT_KEY}` is not UTF-8 after row {row}: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from error
 
@@ -296,14 +308,9 @@ def _open_tfds(where: str) -> Source:
 
     def documents() -> Iterator[Document]:
         for index in range(len(records)):
-            record = {key: _as_str(value) for key, value in records[index].items()}
-            yield Document(f"{name}:{split}:{index}", _text_of(record, f"tfds:{where}, record {index}"))
+            yield Document(f"{name}:{split}:{index}", _text_of(records[index], f"tfds:{where}, record {index}"))
 
     return Source(where, lambda: _nonempty(documents()))
-
-
-def _as_str(value: object) -> object:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 _OPENERS: dict[str, Callable[[str], Source]] = {

@@ -76,22 +76,20 @@ class Store:
       path: its directory.
       meta: its description.
       starts: int64 `[num_documents + 1]`, the token each document starts at.
-      document_bytes: int64 `[num_documents]`, bytes of UTF-8 text.
     """
 
     def __init__(self, path: pathlib.Path, meta: StoreMeta):
         self.path = path
         self.meta = meta
-        sizes = np.concatenate([_map(path / documents_name(i), "<u4") for i in range(len(meta.shards))])
-        sizes = sizes.reshape(-1, 2).astype(np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(sizes[:, 0])])
-        self.document_bytes = sizes[:, 1]
+        counts = self._document_sizes(0)
+        self.starts = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, dtype=np.int64, out=self.starts[1:])
         self._shard_starts = np.cumsum([0, *(shard.num_tokens for shard in meta.shards)])
         self._shards = [_map(path / tokens_name(i), token_dtype(meta.vocab_size)) for i in range(len(meta.shards))]
 
     @property
     def num_documents(self) -> int:
-        return len(self.document_bytes)
+        return len(self.starts) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -100,7 +98,7 @@ class Store:
     @property
     def num_bytes(self) -> int:
         """Bytes of UTF-8 text in all."""
-        return int(self.document_bytes.sum())
+        return sum(shard.num_bytes for shard in self.meta.shards)
 
     @functools.cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
@@ -112,11 +110,6 @@ class Store:
             )
         return found
 
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 `[num_documents]`, tokens of each document with its start and end token."""
-        return np.diff(self.starts)
-
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `[start, start + length)`, which must lie within one document."""
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
@@ -124,7 +117,12 @@ class Store:
         return self._shards[shard][offset : offset + length]
 
     def document(self, index: int) -> np.ndarray:
-        return self.read(int(self.starts[index]), int(self.lengths[index]))
+        start, stop = self.starts[index : index + 2].tolist()
+        return self.read(start, stop - start)
+
+    def document_bytes(self) -> np.ndarray:
+        """uint32 `[num_documents]`, bytes of UTF-8 text; read anew, as few need it."""
+        return self._document_sizes(1)
 
     def verify(self) -> None:
         """Reads every file and compares its checksum.
@@ -136,18 +134,23 @@ class Store:
             check(self.path / tokens_name(index), shard.tokens_crc)
             check(self.path / documents_name(index), shard.documents_crc)
 
+    def _document_sizes(self, column: int) -> np.ndarray:
+        maps = [_map(self.path / documents_name(i), "<u4") for i in range(len(self.meta.shards))]
+        return np.concatenate([sizes.reshape(-1, 2)[:, column] for sizes in maps])
+
 
 def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Store:
-    """Opens a store; sizes are always checked, checksums too unless it is over 256 MiB.
+    """Opens a store and checks the size of every file and the checksum of every table of documents.
+
+    Those of the tokens are checked too unless they are over 256 MiB: then `verify` does it, which
+    `experiments.prepare_data`, run again, calls.
 
     With the `fingerprint` of the tokenizer in use, a store made with another is refused.
 
     Raises:
       ValueError: if nothing is there, a file is missing, cut or damaged, or the tokenizer is another.
     """
-    directory = pathlib.Path(path)
-    if "://" in str(path):
-        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy it there first")
+    directory = local_path(path)
     if not (directory / META).is_file():
         partial = partial_path(directory)
         hint = f"{partial} is unfinished: run the same command again" if partial.is_dir() else HOW_TO_MAKE
@@ -165,6 +168,7 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
         tokens_bytes = shard.num_tokens * np.dtype(token_dtype(meta.vocab_size)).itemsize
         _check_size(directory / tokens_name(index), tokens_bytes)
         _check_size(directory / documents_name(index), shard.num_documents * 8)
+        check(directory / documents_name(index), shard.documents_crc)
         total += tokens_bytes
     store = Store(directory, meta)
     if total <= _CHECK_ON_OPEN_BYTES:
@@ -203,6 +207,13 @@ def check(path: pathlib.Path, expected: int) -> None:
             crc = zlib.crc32(block, crc)
     if crc != expected:
         raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {HOW_TO_MAKE}")
+
+
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a store; raises ValueError for one with a scheme, which `pathlib` would take for a directory."""
+    if "://" in str(path):
+        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy them from or to it")
+    return pathlib.Path(path)
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:

@@ -25,12 +25,17 @@ from typing import Literal
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 FILE_NAME = "tokenizer.model"
 
 # SentencePiece writes a space as this character inside pieces, and so would decode a
 # genuine one to a space; encoding spells it in byte pieces instead.
 _SPACE = "\u2581"
+
+# A model's bytes followed by these are the same model with `normalizer_spec.add_dummy_prefix = false`:
+# protobuf takes the last value of a field.
+_NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 
 _TRAIN_CHUNK_CHARACTERS = 4096
 # The merge queue of one call grows with the text, so long documents are encoded in parts.
@@ -110,12 +115,12 @@ def available_cores() -> int:
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer from a file, or from `tokenizer.model` in a directory.
+    """Reads a tokenizer from a file, or from `tokenizer.model` in a directory, local or gs://.
 
     Raises:
       ValueError: if nothing is there, or it is no tokenizer this module knows.
     """
-    file = pathlib.Path(path)
+    file = epath.Path(path)
     if file.is_dir():
         file = file / FILE_NAME
     if not file.is_file():
@@ -255,19 +260,32 @@ def _sentencepiece(serialized: bytes) -> Tokenizer:
     mask = processor.piece_to_id("<mask>")
     space_ids = np.array([processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()], np.int32)
     spells_space = processor.is_byte(int(space_ids[0]))
+    has_dummy_prefix = processor.normalize("a") == _SPACE + "a"
+    later = processor
+    if has_dummy_prefix:
+        # For the parts after a text's first: a space before each of them would be one that the text does not have.
+        later = sentencepiece.SentencePieceProcessor()
+        later.load_from_serialized_proto(serialized + _NO_DUMMY_PREFIX)
+
+    def parts_of(text: str) -> Iterator[str | None]:
+        """What is encoded by itself; None is a genuine `_SPACE`."""
+        for number, piece in enumerate(text.split(_SPACE) if spells_space else [text]):
+            if number:
+                yield None
+            yield from _chunks(piece, _ENCODE_CHUNK_CHARACTERS)
 
     def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
         for text in texts:
             if not text.isascii():
                 _utf8(text)
-        if spells_space and any(_SPACE in text for text in texts):
-            return [_encode_around_space(encode_plain, text, space_ids) for text in texts]
-        return encode_plain(texts, num_threads)
+        split = [list(parts_of(text)) for text in texts]
+        firsts = iter(processor.encode([p[0] for p in split if p and p[0] is not None], num_threads=num_threads))
+        others = iter(later.encode([x for p in split for x in p[1:] if x is not None], num_threads=num_threads))
 
-    def encode_plain(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
-        parts = [list(_chunks(text, _ENCODE_CHUNK_CHARACTERS)) for text in texts]
-        encoded = iter(processor.encode([part for split in parts for part in split], num_threads=num_threads))
-        return [_joined([np.array(next(encoded), np.int32) for _ in split]) for split in parts]
+        def ids_of(number: int, part: str | None) -> np.ndarray:
+            return space_ids if part is None else np.array(next(others if number else firsts), np.int32)
+
+        return [_joined([ids_of(number, part) for number, part in enumerate(parts)]) for parts in split]
 
     return Tokenizer(
         kind="sentencepiece",
@@ -279,7 +297,7 @@ def _sentencepiece(serialized: bytes) -> Tokenizer:
         eos_id=_id_or_none(processor.eos_id()),
         unk_id=_id_or_none(unk),
         mask_id=mask if mask != unk and processor.is_control(mask) else None,
-        has_dummy_prefix=processor.normalize("a") == _SPACE + "a",
+        has_dummy_prefix=has_dummy_prefix,
     )
 
 
@@ -292,11 +310,6 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, id: int) -> by
     if processor.is_control(id) or processor.is_unknown(id):
         return b""
     return bytes([int(piece[3:5], 16)]) if processor.is_byte(id) else piece.replace(_SPACE, " ").encode()
-
-
-def _encode_around_space(encode_plain: Callable, text: str, space_ids: np.ndarray) -> np.ndarray:
-    first, *others = encode_plain(text.split(_SPACE), 1)
-    return _joined([first] + [array for other in others for array in (space_ids, other)])
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

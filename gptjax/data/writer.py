@@ -39,15 +39,17 @@ def write_store(
 ) -> store.Store:
     """Tokenises `documents`, on all cores, into a store at `path`.
 
-    A finished store made with the same tokenizer from the same source is opened, not written again.
+    A finished store made with the same tokenizer from the same source is verified, not written again.
 
     `description` names the source in the store. A shard is closed once it holds `shard_bytes` of
     text, which is what a kill costs at most. `progress_fn` is called every few megabytes.
 
     Raises:
-      ValueError: if the documents are empty, or `path` or its unfinished part holds something else.
+      ValueError: if the documents are empty, or `path` or its unfinished part is damaged or holds
+        something else.
     """
-    final, partial = pathlib.Path(path), store.partial_path(pathlib.Path(path))
+    final = store.local_path(path)
+    partial = store.partial_path(final)
     start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     plan = store.StoreMeta(
         version=store.VERSION,
@@ -61,6 +63,7 @@ def write_store(
     if final.exists():
         found = store.open_store(final)
         _check_same_plan(final, plan, found.meta)
+        found.verify()
         return found
     stream = iter(documents)
     first = next(stream, None)

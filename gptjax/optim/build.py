@@ -14,6 +14,7 @@ being the load's excess (arXiv:2408.15664); it is outside the norm, clipping and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -67,13 +68,14 @@ class OptimConfig:
         for name in ("b1", "b2", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0 and below 1")
-        if self.learning_rate <= 0.0:
-            raise ValueError(f"learning_rate={self.learning_rate}: expected above 0")
-        if self.weight_decay < 0.0:
-            raise ValueError(f"weight_decay={self.weight_decay}: expected at least 0")
+        # Written so that NaN, of which every comparison is false, is refused.
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: expected above 0 and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: expected at least 0 and finite")
         for name in ("clip_norm", "skip_sigma"):
             value = getattr(self, name)
-            if value is not None and value <= 0.0:
+            if value is not None and not value > 0.0:
                 raise ValueError(f"{name}={value}: expected above 0; None switches it off")
 
 

@@ -42,9 +42,9 @@ class GroupConfig:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"pattern={self.pattern!r} is not a regular expression: {error}") from error
-        if self.lr_scale <= 0.0:
+        if not self.lr_scale > 0.0:
             raise ValueError(f"lr_scale={self.lr_scale} of {self.pattern!r}: expected above 0 (freeze=True stops it)")
-        if self.weight_decay is not None and self.weight_decay < 0.0:
+        if self.weight_decay is not None and not self.weight_decay >= 0.0:
             raise ValueError(f"weight_decay={self.weight_decay} of group {self.pattern!r}: expected at least 0")
 
 
@@ -91,18 +91,18 @@ def assign(
     treatments: dict[str, Treatment] = {}
     uncovered, used = [], set()
     for path, axes in _axes_by_path(abstract_params, param_axes).items():
-        group = next((g for g in groups if re.fullmatch(g.pattern, path)), None)
-        if group is None:
+        number = next((i for i, group in enumerate(groups) if re.fullmatch(group.pattern, path)), None)
+        if number is None:
             uncovered.append(path)
             continue
-        used.add(group.pattern)
-        treatments[path] = _treat(path, axes, group, weight_decay)
+        used.add(number)
+        treatments[path] = _treat(path, axes, groups[number], weight_decay)
     if uncovered:
         raise ValueError(
             f"groups: no pattern matches {_some(uncovered)}; patterns are {_some([g.pattern for g in groups])}. "
             "Add a last group with pattern '.*' for the rest."
         )
-    idle = [g.pattern for g in groups if g.pattern not in used]
+    idle = [group.pattern for i, group in enumerate(groups) if i not in used]
     if idle:
         raise ValueError(
             f"groups: {_some(idle)} got no parameter (a pattern must match a whole path, and the first match wins); "

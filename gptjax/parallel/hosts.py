@@ -1,4 +1,4 @@
-"""Many hosts as one: start-up, data from each host, agreement among them."""
+"""Many hosts as one: start-up, and global arrays from the rows that each host loads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 
 def initialize() -> None:
     """Connects the processes of a job, before any other use of JAX; alone, it does nothing.
 
-    Recognised: `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, Slurm and
-    Open MPI jobs of several tasks, and TPU VMs, where the metadata server knows the rest.
+    Recognised: `JAX_COORDINATOR_ADDRESS` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, tasks that
+    `srun` or `mpirun` started together, and TPU VMs, where the metadata server knows the rest.
+
+    Raises:
+      ValueError: if the address is set without the two numbers.
     """
     if jax.distributed.is_initialized():
         return
@@ -28,7 +30,7 @@ def initialize() -> None:
             num_processes=_required_int("JAX_NUM_PROCESSES"),
             process_id=_required_int("JAX_PROCESS_ID"),
         )
-    elif _several_tasks("SLURM_NTASKS") or _several_tasks("OMPI_COMM_WORLD_SIZE") or _on_tpu_vm():
+    elif _several_tasks("SLURM_STEP_NUM_TASKS") or _several_tasks("OMPI_COMM_WORLD_SIZE") or _on_tpu_vm():
         jax.distributed.initialize()
     else:
         return
@@ -46,6 +48,7 @@ def _required_int(name: str) -> int:
 
 
 def _several_tasks(name: str) -> bool:
+    # Of a job step, not of the job: a shell in an allocation for several tasks is one process.
     return os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1
 
 
@@ -65,19 +68,6 @@ def _has_libtpu() -> bool:
 def is_lead() -> bool:
     """True on the one process that logs and writes small files."""
     return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has reached the barrier of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def any_host(flag: bool) -> bool:
-    """True everywhere when the flag is set on any process; a collective, so all must call it."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

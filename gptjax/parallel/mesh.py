@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.resolve(len(devices))
     if devices[0].platform == "cpu":
         grid = np.array(devices).reshape(sizes)
-    elif getattr(devices[0], "num_slices", 1) > 1 or len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+    elif len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         grid = _multislice_grid(sizes, devices)
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)

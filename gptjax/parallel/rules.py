@@ -16,9 +16,9 @@ residual stream between blocks.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -59,35 +59,27 @@ PRESETS: Mapping[str, Rules] = {
     "expert_wide": {**STANDARD, "experts": ("expert", "tensor")},
 }
 
-_active: contextvars.ContextVar[Rules] = contextvars.ContextVar("partitioning_rules", default=STANDARD)
-_unsplit: contextvars.ContextVar[bool] = contextvars.ContextVar("unsplit", default=False)
+# Contexts that are part of `jax.jit`'s cache key: a function that was traced under one table is not
+# taken for its trace under another.
+_active = jax.make_user_context("standard")
+_unsplit = jax.make_user_context(False)
 
 
-@contextlib.contextmanager
-def use(preset: str) -> Iterator[None]:
+def use(preset: str) -> AbstractContextManager[None]:
     """Traces what is inside under the table `PRESETS[preset]`."""
     if preset not in PRESETS:
         raise ValueError(f"mesh.rules={preset!r}: expected one of {', '.join(PRESETS)}")
-    token = _active.set(PRESETS[preset])
-    try:
-        yield
-    finally:
-        _active.reset(token)
+    return _active(preset)
 
 
-@contextlib.contextmanager
-def unsplit() -> Iterator[None]:
+def unsplit() -> AbstractContextManager[None]:
     """Traces what is inside as if no mesh were set: to find shapes with a batch too small to split."""
-    token = _unsplit.set(True)
-    try:
-        yield
-    finally:
-        _unsplit.reset(token)
+    return _unsplit(True)
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
     """The mesh axes that split the logical axis `name`, whatever their size."""
-    rules = _active.get()
+    rules = PRESETS[_active.value]
     if name not in rules:
         raise ValueError(f"unknown logical axis {name!r}: expected one of {', '.join(rules)}")
     return rules[name]
@@ -110,7 +102,7 @@ def spec(*names: str | None) -> PartitionSpec:
 def current_mesh() -> Mesh | None:
     """The mesh set by `jax.set_mesh`, or None where none is set or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or _unsplit.get() else mesh  # type: ignore[return-value]
+    return None if mesh.empty or mesh.size == 1 or _unsplit.value else mesh  # type: ignore[return-value]
 
 
 def axis_size(mesh: Mesh, name: str) -> int:
@@ -202,12 +194,14 @@ def _fit(mesh: Mesh, wanted: PartitionSpec, shape: tuple[int, ...], warn: str = 
                 kept.append(axis)
                 size //= parts
             elif warn:
-                logging.log_first_n(
-                    logging.INFO, "%s %s: %d is not divisible by mesh axis %s=%d; replicated over it",
-                    1, warn, shape, size, axis, parts,
-                )  # fmt: skip
+                _log_once(f"{warn} {shape}: {size} is not divisible by mesh axis {axis}={parts}; replicated over it")
         entries.append(tuple(kept) if len(kept) > 1 else kept[0] if kept else None)
     return PartitionSpec(*entries)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.info("%s", message)
 
 
 def _is_names(leaf: Any) -> bool:

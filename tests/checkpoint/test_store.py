@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import datetime
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +63,14 @@ def test_a_state_comes_back_bit_for_bit(store):
     assert found.data == {"row": 12}
     assert found.assets == {"tokenizer.model": b"\x00\xff"}
     assert (found.meta.step, found.meta.score, found.meta.model) == (5, 1.5, tiny.model())
+
+
+def test_a_checkpoint_tells_when_it_was_saved_not_when_its_run_began(store):
+    old = dataclasses.replace(tiny.meta(), created="2001-02-03T04:05:06+00:00")
+    store.save(1, meta=old, params=tiny.params())
+    store.wait()
+    saved = datetime.datetime.fromisoformat(store_lib.read_meta(store.directory / "1").created)
+    assert datetime.datetime.now(datetime.UTC) - saved < datetime.timedelta(minutes=10)
 
 
 def test_the_arrays_may_be_donated_while_they_are_written(store):

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import itertools
+import logging
 import threading
 import time
 
@@ -148,7 +149,21 @@ def test_mixture_weights_are_kept_in_rows(cfg):
     letters = np.where(batch.tokens < 256, batch.tokens, 0).max(axis=1)
     num_upper = int((letters < ord("a")).sum())
     assert num_upper == 100
-    assert loader.TrainData(cfg, seq_len=SEQ_LEN, seed=1).summaries()[1].share == 0.25
+
+
+def test_what_is_trained_on_is_told_at_the_start(cfg, directory, caplog):
+    with caplog.at_level(logging.INFO, logger="absl"):
+        take(cfg, 0)
+    opened = store.open_store(directory / "lower")
+    num_rows = packing.plan(opened.starts, SEQ_LEN, "concat").num_rows
+    padding = 1 - (opened.num_tokens - 30) / (num_rows * SEQ_LEN)
+    line = (
+        f"{directory / 'lower'}: 75.00% of the rows, 30 documents, {opened.num_tokens:,} tokens, "
+        f"{num_rows} rows an epoch, {padding:.2%} of them padding"
+    )
+    title, lower, upper = caplog.records[-1].getMessage().split("\n")
+    assert (title, lower) == ("data", line)
+    assert upper.startswith(f"{directory / 'upper'}: 25.00% of the rows, 11 documents")
 
 
 def test_order_of_the_sources_in_the_config_does_not_matter(cfg):
@@ -214,6 +229,7 @@ def test_evaluation_gives_windows_context_that_is_not_scored(directory):
     assert unscored.any()
     # All but the first window of a document have at least seq_len - stride pairs of context.
     begins_inside = (whole.segment_ids == 1) & (whole.positions == 0) & (whole.tokens != BYTES.bos_id)
+    assert begins_inside.any()
     for row in np.flatnonzero(begins_inside.any(axis=1)):
         assert np.argmax(whole.loss_mask[row]) >= SEQ_LEN - 6
 

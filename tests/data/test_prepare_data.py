@@ -55,6 +55,13 @@ def test_trains_a_tokenizer_and_writes_both_parts(tmp_path, texts):
     assert "has 320 pieces, not 330" in other.stderr
 
 
+def test_a_bucket_is_refused_before_anything_is_written(texts):
+    result = prepare("gs://bucket/data", f"--source={texts}", "--tokenizer=bytes")
+    assert result.returncode != 0
+    assert "gs://bucket/data: stores are memory-mapped" in result.stderr
+    assert not (REPOSITORY / "gs:").exists()
+
+
 def test_characters_of_one_text_split_at_its_end(tmp_path):
     (tmp_path / "book.txt").write_text("the cat sat on the mat; " * 50 + "zebra")
     out = tmp_path / "out"

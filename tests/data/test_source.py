@@ -1,6 +1,8 @@
 import gzip
+import io
 import json
 import sys
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -57,8 +59,10 @@ def test_split_parts_are_disjoint_and_complete():
     parts = {part: {d.id for d in source.split(library, part, eval_fraction=0.05)} for part in ("train", "eval")}
     assert not parts["train"] & parts["eval"]
     assert parts["train"] | parts["eval"] == {d.id for d in library.documents()}
-    with pytest.raises(ValueError, match="eval_fraction: expected 0 to below 1, got 1"):
-        list(source.split(library, "eval", eval_fraction=1))
+    # The hash holds out one in a whole number: one in one would leave nothing to train on.
+    for fraction in (-0.1, 0.7, 1):
+        with pytest.raises(ValueError, match=f"eval_fraction: expected 0 to 0.5, got {fraction}"):
+            list(source.split(library, "eval", eval_fraction=fraction))
 
 
 def test_directory_of_files(tmp_path):
@@ -127,6 +131,7 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'["a"]\n', "a.jsonl:1: .* got list"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: expected one JSON object in UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: expected one JSON object in UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "a.jsonl:2: `text` is not Unicode text: .*surrogates"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-12], "a.jsonl.gz: damaged after line"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz: damaged after line"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)[:-4], "a.jsonl.zst: damaged after line"),
@@ -147,6 +152,31 @@ def test_parquet_without_text_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="row 0: expected a string, got int"):
         texts(tmp_path)
+    lengths, content = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, lengths, content])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: column `text` is not UTF-8 after row 0"):
+        texts(tmp_path)
+
+
+def test_a_small_read_of_what_decompresses_to_much_copies_no_more_than_it_returns():
+    whole = b"a line that is always the same\n" * 100_000
+    reader, buffer = source._ZstdReader(io.BytesIO(zstandard.ZstdCompressor().compress(whole))), bytearray(1000)
+    assert reader.readinto(buffer) == 1000
+    tracemalloc.start()
+    try:
+        assert reader.readinto(buffer) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 10_000
+    finally:
+        tracemalloc.stop()
+    assert buffer + reader.read() == whole[1000:]
+
+
+def test_the_size_is_told_of_plain_text_only(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    assert source.open_source(str(tmp_path)).size_bytes == len(LINES)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert source.open_source(str(tmp_path)).size_bytes is None
 
 
 def test_what_is_not_there_is_named(tmp_path):

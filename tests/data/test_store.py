@@ -1,11 +1,13 @@
 import json
 import os
 import pathlib
+import zlib
 
 import numpy as np
 import pytest
 
-from gptjax.data import store, tokenizer, writer
+from gptjax import config
+from gptjax.data import packing, store, tokenizer, writer
 from gptjax.data.source import Document
 
 BYTES = tokenizer.byte_level()
@@ -43,7 +45,7 @@ def test_what_is_written_reads_back(written):
         tokens = written.document(index)
         assert tokens.dtype == np.uint16
         assert tokens.tolist() == [BYTES.bos_id, *BYTES.encode(document.text), BYTES.eos_id]
-        assert written.document_bytes[index] == len(document.text.encode())
+        assert written.document_bytes()[index] == len(document.text.encode())
     assert written.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
     assert written.num_tokens == written.num_bytes + 2 * 40 == written.starts[-1]
     assert written.tokenizer.fingerprint == BYTES.fingerprint
@@ -125,13 +127,47 @@ def test_one_flipped_bit_is_noticed(written, name):
         store.open_store(written.path)
 
 
-def test_large_stores_are_checked_on_demand_only(written, monkeypatch):
+def test_tokens_of_large_stores_are_checked_when_prepared_again_their_documents_always(written, monkeypatch):
     path = written.path / "00001.tokens"
     path.write_bytes(bytes(len(path.read_bytes())))
     monkeypatch.setattr(store, "_CHECK_ON_OPEN_BYTES", 10)
-    opened = store.open_store(written.path)
+    store.open_store(written.path)
     with pytest.raises(ValueError, match="00001.tokens: checksum"):
-        opened.verify()
+        writer.write_store(written.path, DOCUMENTS, BYTES, **SMALL_SHARDS)
+    path = written.path / "00002.documents"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(ValueError, match="00002.documents: checksum"):
+        store.open_store(written.path)
+
+
+def test_token_numbers_beyond_32_bits(tmp_path):
+    """Two shards of one document each, as files with holes: they take no disk."""
+    length, shards = (1 << 32) - 1, []
+    for index in range(2):
+        with (tmp_path / store.tokens_name(index)).open("wb") as file:
+            file.seek(2 * (length - 2))
+            file.write(np.array([97 + index, 258], "<u2").tobytes())
+        sizes = np.array([[length, length - 2]], "<u4").tobytes()
+        (tmp_path / store.documents_name(index)).write_bytes(sizes)
+        crc = zlib.crc32(sizes)
+        shards.append(
+            store.ShardMeta(
+                num_documents=1, num_tokens=length, num_bytes=length - 2, text_crc=0, tokens_crc=0, documents_crc=crc
+            )
+        )
+    meta = store.StoreMeta(
+        version=store.VERSION, fingerprint=BYTES.fingerprint, vocab_size=260, source="holes", start_id=0, end_id=258,
+        shard_bytes=1 << 40, shards=tuple(shards),
+    )  # fmt: skip
+    (tmp_path / store.META).write_text(json.dumps(config.to_dict(meta)))
+    opened = store.open_store(tmp_path)
+    assert opened.starts.tolist() == [0, length, 2 * length]
+    assert opened.num_bytes == 2 * (length - 2)
+    for plan in (packing.plan(opened.starts, 1 << 20, "concat"), packing.plan(opened.starts, 1 << 20, "best_fit")):
+        assert sum(span.length for row in range(plan.num_rows) for span in plan.spans(row)) == 2 * (length - 1)
+        ends = [span for row in range(plan.num_rows) for span in plan.spans(row) if span.start > 2 * length - (2 << 20)]
+        last = max(ends)
+        assert opened.read(last.start, last.length + 1)[-2:].tolist() == [98, 258]
 
 
 @pytest.mark.parametrize("name", ["00002.tokens", "00000.documents"])
@@ -172,6 +208,13 @@ def test_nothing_there_is_named(tmp_path):
         store.open_store(tmp_path / "none")
     with pytest.raises(ValueError, match="gs://bucket/train: stores are memory-mapped"):
         store.open_store("gs://bucket/train")
+
+
+def test_a_store_is_not_written_to_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/train: stores are memory-mapped"):
+        writer.write_store("gs://bucket/train", DOCUMENTS, BYTES, description="-")
+    assert not list(tmp_path.iterdir())
 
 
 def test_progress_counts_everything_once(tmp_path):

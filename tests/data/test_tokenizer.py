@@ -3,6 +3,7 @@ import string
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,15 @@ def test_save_and_load_from_file_or_directory(tmp_path, bpe):
         tokenizer.save(tokenizer.byte_level(), tmp_path / tokenizer.FILE_NAME)
 
 
+def test_a_tokenizer_is_read_from_a_bucket(bucket):
+    epath.Path(bucket).mkdir(parents=True)
+    epath.Path(f"{bucket}/{tokenizer.FILE_NAME}").write_bytes(tokenizer.byte_level().to_bytes())
+    for path in (bucket, f"{bucket}/{tokenizer.FILE_NAME}"):
+        assert tokenizer.load(path).kind == "bytes"
+    with pytest.raises(ValueError, match="gs://bucket/other: no tokenizer there"):
+        tokenizer.load(f"{bucket}/other")
+
+
 def test_characters(tmp_path):
     text = string.printable + "é\u2581"
     chars = tokenizer.characters(text)
@@ -162,10 +172,17 @@ def test_training_reads_no_more_than_it_was_told(code):
     assert tokenizer.train_bpe(texts(), 400, max_bytes=limit).vocab_size == 400
 
 
-def test_models_of_others_load(shared_data):
+def test_models_of_others_load(shared_data, monkeypatch):
     mistral = tokenizer.load(shared_data / "tokenizers" / "mistral_v1" / "tokenizer.model.v1")
     assert (mistral.vocab_size, mistral.bos_id, mistral.pad_id) == (32000, 1, None)
     assert mistral.has_dummy_prefix
     for text in ("Hello  world\n\tx", " x", "\u2581", ""):
         assert mistral.decode(mistral.encode(text)) == text
+    # A space before the whole text, none before its parts: around that character, and where a long text is cut.
+    text = "a\u2581b\u2581\u2581 c"
+    assert mistral.decode(mistral.encode(text)) == text
+    text = "one line\nand another\n" * 20
+    at_once = mistral.encode(text)
+    monkeypatch.setattr(tokenizer, "_ENCODE_CHUNK_CHARACTERS", 30)
+    assert mistral.encode_batch([text, "x"])[0].tolist() == at_once
     assert mistral.encode_batch(["a", "bc"])[1].dtype == np.int32

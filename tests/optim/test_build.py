@@ -234,6 +234,7 @@ def test_the_config_round_trips_and_stays_small():
         (dict(b1=1.0), "b1=1.0"),
         (dict(ema_decay=-0.1), "ema_decay=-0.1"),
         (dict(learning_rate=0.0), "learning_rate=0.0"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan"),
         (dict(weight_decay=-1.0), "weight_decay=-1.0"),
         (dict(clip_norm=0.0), "clip_norm=0.0: expected above 0; None"),
         (dict(skip_sigma=0.0), "skip_sigma=0.0"),

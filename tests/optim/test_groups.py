@@ -86,6 +86,16 @@ def test_refuses_a_group_that_an_earlier_one_shadows(model):
         assign(model, GroupConfig(pattern=".*"), GroupConfig(pattern="embed/tokens"))
 
 
+def test_refuses_the_same_pattern_twice(model):
+    with pytest.raises(ValueError, match="'head/.*' got no parameter"):
+        assign(
+            model,
+            GroupConfig(pattern="head/.*", lr_scale=0.5),
+            GroupConfig(pattern="head/.*", freeze=True),
+            GroupConfig(pattern=".*"),
+        )
+
+
 def test_refuses_axes_of_another_rank(model):
     model.axes["final_norm"]["scale"] = ("layers", "embed")
     with pytest.raises(ValueError, match="final_norm/scale: logical axes"):

@@ -1,5 +1,7 @@
 """The partitioning table."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,18 @@ def test_an_unknown_preset_names_the_known_ones():
         pass
 
 
+def test_a_function_traced_under_one_table_is_traced_anew_under_another():
+    split = jax.jit(lambda x: rules.constrain(2 * x, "act_batch", "act_residual", "act_embed"))
+    x, found = jnp.ones((4, 8, 8)), []
+    with jax.set_mesh(mesh(data=2, tensor=4)):
+        for preset in ("standard", "sequence", "standard"):
+            with rules.use(preset):
+                found.append(split(x).sharding.shard_shape(x.shape))
+        with rules.unsplit():
+            assert split(x).sharding.is_fully_replicated
+    assert found == [(2, 8, 8), (2, 2, 8), (2, 8, 8)]
+
+
 def test_a_mesh_axis_splits_one_dimension_only():
     with rules.use("expert_wide"):
         assert rules.spec("experts", "embed", "mlp") == jax.sharding.PartitionSpec(("expert", "tensor"), "fsdp", None)
@@ -32,6 +46,18 @@ def test_a_mesh_axis_splits_one_dimension_only():
 def test_a_dimension_that_does_not_divide_stays_whole():
     layout = rules.sharding(mesh(fsdp=4, tensor=2), ("embed", "kv_heads", "head_dim"), (16, 1, 8))
     assert layout.shard_shape((16, 1, 8)) == (4, 1, 8)
+
+
+def test_every_dimension_that_stays_whole_is_told_once(caplog):
+    grid, axes = mesh(fsdp=4, tensor=2), {"a": ("embed", "kv_heads"), "b": ("embed", "kv_heads"), "c": ("vocab",)}
+    shapes = {"a": (16, 3), "b": (16, 3), "c": (5,)}
+    with caplog.at_level(logging.INFO, logger="absl"):
+        for name in axes:
+            rules.sharding(grid, axes[name], shapes[name])
+    assert [record.getMessage() for record in caplog.records] == [
+        "('embed', 'kv_heads') (16, 3): 3 is not divisible by mesh axis tensor=2; replicated over it",
+        "('vocab',) (5,): 5 is not divisible by mesh axis tensor=2; replicated over it",
+    ]
 
 
 @pytest.mark.parametrize(
