@@ -42,8 +42,8 @@ class Stages:
         command = [sys.executable, "-m", f"experiments.{name}", *arguments]
         print(f"\n--- {shlex.join(command[1:])}", flush=True)
         began = time.perf_counter()
-        environment = cpu.start_environment()
-        with subprocess.Popen(command, pass_fds=[self._lock.fileno()], env=environment) as process, _signals_to(process):
+        inherited = {"pass_fds": [self._lock.fileno()], "env": cpu.start_environment()}
+        with subprocess.Popen(command, **inherited) as process, _signals_to(process):
             status = process.wait()
         if status:
             hint = "" if status == common.FAILED else "; start the same command again to go on"
