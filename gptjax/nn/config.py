@@ -123,6 +123,8 @@ class MLAConfig:
       q_latent: rank of the query compression; None projects queries directly.
       nope_head_dim, rope_head_dim: parts of a query/key head without and with rotation; the
         rotated part of the key is shared by all heads.
+      scale: multiplies the scores; None is `(nope_head_dim + rope_head_dim) ** -0.5`, times
+        `nn.rope.score_factor` of a stretched context.
     """
 
     num_heads: int
