@@ -78,6 +78,10 @@ class RopeConfig:
     fraction: float = 1.0
     scaling: RopeScaling | None = None
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"rope fraction={self.fraction}: expected above 0 and at most 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
