@@ -13,7 +13,8 @@ import bench_worker
 
 from gptjax.kernels import cpu  # noqa: E402
 
-cpu.configure()
+if "new_tokens" not in json.loads(sys.argv[1]):
+    cpu.configure_training()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

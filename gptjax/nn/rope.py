@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.kernels.cpu import computed_once
+from gptjax.kernels.matmul import computed_once
 from gptjax.nn.config import RopeConfig, RopeScaling
 from gptjax.types import Array
 
