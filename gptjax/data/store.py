@@ -108,7 +108,7 @@ class Store:
         found = tokenizer.load(self.path)
         if found.fingerprint != self.meta.fingerprint:
             raise ValueError(
-                f"{self.path / tokenizer.FILE_NAME}: not the tokenizer that made this store; {HOW_TO_MAKE}"
+                f"{self.path / tokenizer.FILE_NAME}: not the tokenizer that made this store; {_HOW_TO_REPAIR}"
             )
         return found
 
@@ -145,12 +145,13 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     Raises:
       ValueError: if nothing is there, a file is missing, cut or damaged, or the tokenizer is another.
     """
-    directory = pathlib.Path(path)
-    if "://" in str(path):
-        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy it there first")
+    directory = local_path(path)
     if not (directory / META).is_file():
         partial = partial_path(directory)
-        hint = f"{partial} is unfinished: run the same command again" if partial.is_dir() else HOW_TO_MAKE
+        inside = sorted(file.parent.name for file in directory.glob(f"*/{META}"))
+        hint = f"there are in it: {', '.join(inside)}" if inside else HOW_TO_MAKE
+        if partial.is_dir():
+            hint = f"{partial} is unfinished: start again the experiments.prepare_data that was making it"
         raise ValueError(f"{directory}: no token store there; {hint}")
     meta = read_json(directory / META, StoreMeta)
     if meta.version != VERSION:
@@ -172,7 +173,15 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     return store
 
 
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Raises ValueError for gs:// and the like."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: stores are memory-mapped, so they must lie on a local disk; copy them there first")
+    return pathlib.Path(path)
+
+
 HOW_TO_MAKE = "make one with experiments.prepare_data"
+_HOW_TO_REPAIR = "copy it again, or delete the store and make it again with experiments.prepare_data"
 
 
 def read_json(path: pathlib.Path, cls: type[T]) -> T:
@@ -180,7 +189,7 @@ def read_json(path: pathlib.Path, cls: type[T]) -> T:
     try:
         return config.from_dict(cls, json.loads(path.read_bytes()), path=str(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged: {error}; {HOW_TO_MAKE}") from error
+        raise ValueError(f"{path}: damaged: {error}; {_HOW_TO_REPAIR}") from error
 
 
 def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
@@ -190,9 +199,9 @@ def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
 
 def _check_size(path: pathlib.Path, expected: int) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: missing; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: missing; {_HOW_TO_REPAIR}")
     if path.stat().st_size != expected:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected}; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected}; {_HOW_TO_REPAIR}")
 
 
 def check(path: pathlib.Path, expected: int) -> None:
@@ -202,7 +211,7 @@ def check(path: pathlib.Path, expected: int) -> None:
         while block := file.read(_CHECK_BLOCK_BYTES):
             crc = zlib.crc32(block, crc)
     if crc != expected:
-        raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {_HOW_TO_REPAIR}")
 
 
 def partial_path(path: pathlib.Path) -> pathlib.Path:
