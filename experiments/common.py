@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging as python_logging
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 
 FAILED = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+INTERRUPTED = 130  # what a shell says of a command ended by Ctrl-C
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of a mistake in the configuration or the data.")
 
 
-def start(main: Callable[[list[str]], int | None]) -> None:
+def start(main: Callable[[], int | None]) -> None:
     """Runs `main` under absl; an error that is for users becomes one line and exit status 2.
 
-    Those are `ValueError` and, from files that are missing, unreadable or on a full disk, `OSError`.
+    Those are `ValueError`; `OSError`, from files that are missing, unreadable or on a full disk; and
+    `ImportError`, from an optional package. Ctrl-C ends with status 130.
     """
 
     def run(argv: list[str]) -> int | None:
@@ -26,28 +30,72 @@ def start(main: Callable[[list[str]], int | None]) -> None:
             # JAX tells at this level which accelerators it did not find.
             python_logging.getLogger("jax").setLevel(python_logging.WARNING)
         try:
-            return main(argv)
-        except (ValueError, OSError) as error:
+            _check(argv)
+            return main()
+        except (ValueError, OSError, ImportError) as error:
             if _DEBUG.value:
                 raise
-            return _fail(error)
+            return _fail(_text(error))
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return INTERRUPTED
 
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["debug"])
     app.run(run, flags_parser=_parse)
+
+
+def print_table(rows: Mapping[str, object]) -> None:
+    """One line a row, numbers under each other."""
+    for name, value in rows.items():
+        if isinstance(value, str | bool):
+            print(f"{name:22}  {value}")
+        else:
+            print(f"{name:22}  {value:>14,.4f}" if isinstance(value, float) else f"{name:22}  {value:>14,}")
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, OSError) as error:  # what config_flags raises for an unknown key, a missing file
+        return flags.FLAGS(argv)
+    except SystemExit:  # absl's --help ends with status 1
+        sys.exit(0)
+    except Exception as error:
         if "--debug" in argv:
             raise
-        sys.exit(_fail(error))
+        # A config file is Python, so anything can come out of it.
+        sys.exit(_fail(_flags_text(error) if isinstance(error, flags.Error) else f"--config: {_config_text(error)}"))
 
 
-def _fail(error: Exception) -> int:
-    # ml_collections wraps one error in another, whose text is the first one's representation.
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    text = error.args[0] if isinstance(error, KeyError) else error
+def _check(argv: list[str]) -> None:
+    """Raises ValueError for arguments that are no flags, and for an empty one, which would mean this directory."""
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --, see --help")
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        if flag.value == "":
+            raise ValueError(f"--{flag.name} is empty; give it a value or leave it out")
+
+
+def _flags_text(error: flags.Error) -> str:
+    missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+    if missing:
+        return f"missing: {', '.join(f'--{name}' for name in missing)}; --help tells what they are"
+    # Of a traceback from a config file the first line names the flag, the last one what is wrong.
+    first, *rest = str(error).strip().splitlines()
+    return f"{first.partition(': ')[0]}: {rest[-1].strip()}" if rest else f"{first}; --help lists the flags"
+
+
+def _config_text(error: Exception) -> str:
+    if isinstance(error, KeyError):  # a section that the config does not have, with a suggestion on the second line
+        return f"unknown key {'; '.join(str(error.args[0]).splitlines())}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    # ml_collections tells at length where it looked for a config file.
+    return str(error).splitlines()[-1].strip() if type(error) is OSError and str(error) else str(error)
+
+
+def _fail(text: str) -> int:
     print(f"error: {text}", file=sys.stderr)
     return FAILED

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments import common
 from experiments.stages import Stages, read_json
@@ -38,9 +38,7 @@ _PROMPTS = ("def read_file(path):\n", "class Queue:\n    ", "import os\nimport s
 _SAMPLING = ("--temperature=0.7", "--top_p=0.95", "--max_new_tokens=96")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
     workdir = Path(_WORKDIR.value)
     data, scores, samples = workdir / "data", workdir / "eval" / "summary.json", workdir / "samples.json"
     stages = Stages(workdir)
@@ -105,6 +103,7 @@ def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stag
 
 def _compressors(data: Path, stages: Stages) -> dict[str, float]:
     """What gzip, bz2 and xz need, xz also after the training text; measured once."""
+    from gptjax.data import writer
     from gptjax.data.store import open_store
     from gptjax.eval import baselines
 
@@ -112,7 +111,7 @@ def _compressors(data: Path, stages: Stages) -> dict[str, float]:
     if not path.exists():
         began = time.perf_counter()
         train, heldout = (baselines.text_of(open_store(data / part)) for part in ("train", "eval"))
-        path.write_text(json.dumps(baselines.bits_per_byte(heldout, train=train)), encoding="utf-8")
+        writer.write_json(path, baselines.bits_per_byte(heldout, train=train))
         stages.add("compressors", seconds=time.perf_counter() - began)
     return read_json(path)
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import flags
 
 from experiments import common
 
@@ -31,10 +31,8 @@ _BASELINES = flags.DEFINE_bool("baselines", True, "Compress the same bytes with 
 _OUT = flags.DEFINE_string("out", None, "File for the summary, as JSON.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Evaluates the checkpoint on --data."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     if (_CKPT.value is None) == (_WORKDIR.value is None):
         raise ValueError("give one of --ckpt and --workdir")
     import gptjax
@@ -46,7 +44,7 @@ def main(argv: list[str]) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         store = _open(model, pathlib.Path(scratch) / "store")
-        stride = _STRIDE.value or max(1, model.config.seq_len // 2)
+        stride = max(1, model.config.seq_len // 2) if _STRIDE.value is None else _STRIDE.value
         batches = loader.eval_batches(store, batch_size=_BATCH_SIZE.value, seq_len=model.config.seq_len, stride=stride)
         found = perplexity.evaluate(model.config, model.params, batches)
         bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
@@ -65,7 +63,8 @@ def main(argv: list[str]) -> None:
         "bits_per_byte": bits,
         "wall_seconds": time.perf_counter() - began,
     }
-    _print(summary)
+    rows = {key: value for key, value in summary.items() if key != "bits_per_byte"}
+    common.print_table(rows | {f"bits per byte, {name}": value for name, value in bits.items()})
     out = _OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/eval/summary.json")
     if out:
         write_json(out, summary)
@@ -73,24 +72,16 @@ def main(argv: list[str]) -> None:
 
 def _open(model: Model, scratch: pathlib.Path) -> Store:
     """The store that --data is, or one made of its text with the model's tokenizer."""
-    from gptjax.data import source, writer
+    from gptjax.data import source, tokenizer, writer
     from gptjax.data import store as store_lib
 
     if model.tokenizer is None:
         raise ValueError("this checkpoint has no tokenizer to read text with")
-    if (pathlib.Path(_DATA.value) / store_lib.META).is_file():
+    data = pathlib.Path(_DATA.value)
+    if (data / store_lib.META).is_file() or (data / tokenizer.FILE_NAME).is_file():
         return store_lib.open_store(_DATA.value, fingerprint=model.tokenizer.fingerprint)
     text = source.open_source(_DATA.value)
     return writer.write_store(scratch, text.documents(), model.tokenizer, description=text.description)
-
-
-def _print(summary: dict) -> None:
-    rows = {key: value for key, value in summary.items() if key != "bits_per_byte"}
-    rows |= {f"bits per byte, {name}": value for name, value in summary["bits_per_byte"].items()}
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-        print(f"{name:{width}}  {text:>14}" if not isinstance(value, str) else f"{name:{width}}  {text}")
 
 
 if __name__ == "__main__":

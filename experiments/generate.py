@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import flags
 
 from experiments import common
 
@@ -32,15 +32,15 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 _OUT = flags.DEFINE_string("out", None, "Also write prompts, completions and speed there, as JSON.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Completes the prompts."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     import gptjax
     from gptjax.train.metrics import write_json
 
+    if not _PROMPT.value and sys.stdin.isatty():
+        print("Type a prompt, then Ctrl-D.", file=sys.stderr)
     prompts = _PROMPT.value or [sys.stdin.read()]
-    if not any(prompts):
+    if not _PROMPT.value and not prompts[0]:
         raise ValueError("no prompt: give --prompt or text on standard input")
     model = gptjax.load(_CKPT.value)
     options = {
@@ -63,9 +63,10 @@ def main(argv: list[str]) -> None:
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:
+    stream = model.stream(prompt, **options)
     _show_prompt(prompt)
     pieces = []
-    for piece in model.stream(prompt, **options):
+    for piece in stream:
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()

@@ -9,15 +9,14 @@ Leaves in --out: tokenizer.model, train/, eval/ and summary.json. Killed, it goe
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import resource
 import time
-from collections.abc import Mapping
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import common
+from gptjax import lock
 from gptjax.data import clean, source, store, tokenizer, writer
 from gptjax.data.progress import ProgressLine
 
@@ -29,12 +28,15 @@ _EVAL_FRACTION = flags.DEFINE_float("eval_fraction", 0.05, "Share of the documen
 _DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", True, "Leave out documents with text seen before.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prepares --source in --out."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    began = time.perf_counter()
     out, text = store.local_path(_OUT.value), source.open_source(_SOURCE.value)
+    with lock.exclusive(out):
+        _prepare(out, text)
+
+
+def _prepare(out: pathlib.Path, text: source.Source) -> None:
+    began = time.perf_counter()
     if _DROP_DUPLICATES.value:
         documents = text.documents
         text = dataclasses.replace(text, documents=lambda: clean.drop_duplicates(documents()))
@@ -48,13 +50,14 @@ def main(argv: list[str]) -> None:
         "vocab_size": pieces.vocab_size,
         "fingerprint": pieces.fingerprint,
     }
-    _print_table(summary)
-    for part in ("train", "eval") if _EVAL_FRACTION.value else ("train",):
+    common.print_table(summary)
+    # The small part first: it reads all of the source, so bad text is found before hours of work on the other.
+    for part in ("eval", "train") if _EVAL_FRACTION.value else ("train",):
         summary[part] = counts = _write_part(part, out / part, text, pieces)
-        _print_table({f"{part} {name}": value for name, value in counts.items()})
+        common.print_table({f"{part} {name}": value for name, value in counts.items()})
     summary["seconds"] = round(time.perf_counter() - began, 2)
     summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    writer.write_json(out / "summary.json", summary)
 
 
 def _write_part(
@@ -74,10 +77,11 @@ def _write_part(
 def _tokenizer(path: pathlib.Path, text: source.Source) -> tokenizer.Tokenizer:
     """The tokenizer at `path`; if none is there yet, the one named by flag or a new one is put there."""
     if path.exists() and not _TOKENIZER.value:
-        found = tokenizer.load(path)
-        if found.vocab_size != _VOCAB_SIZE.value:
-            raise ValueError(f"{path}: has {found.vocab_size} pieces, not {_VOCAB_SIZE.value}; choose another --out")
-        return found
+        old = tokenizer.load(path)
+        if old.vocab_size != _VOCAB_SIZE.value:
+            raise ValueError(f"{path}: has {old.vocab_size} pieces, not {_VOCAB_SIZE.value}; delete it or change --out")
+        logging.info("Using the tokenizer that is there, %s.", path)
+        return old
     if _TOKENIZER.value == "bytes":
         new = tokenizer.byte_level()
     elif _TOKENIZER.value == "characters":
@@ -89,11 +93,6 @@ def _tokenizer(path: pathlib.Path, text: source.Source) -> tokenizer.Tokenizer:
         train = source.split(text, "train", eval_fraction=_EVAL_FRACTION.value)
         new = tokenizer.train_bpe((document.text for document in train), _VOCAB_SIZE.value)
     return tokenizer.save(new, path)
-
-
-def _print_table(rows: Mapping[str, object]) -> None:
-    for name, value in rows.items():
-        print(f"{name:22}  {value:,}" if type(value) is int else f"{name:22}  {value}")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,38 @@ by a signal (start it again to go on).
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from experiments import common
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.section.key=value overrides a key.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file; --config.section.key=value sets a key, also one that the file leaves at its default.",
+    accept_new_attributes=True,
+    lock_config=False,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.", required=True)
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+class _Unlocked(flags.ArgumentParser):
+    """Undoes the lock of config files: `RunConfig` knows better which keys there are, and which is nearest."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        config = self._parser.parse(argument)
+        return config.unlock() if isinstance(config, ConfigDict) else config
+
+
+flags.FLAGS["config"].parser = _Unlocked(flags.FLAGS["config"].parser)
+
+
+def main() -> int:
     # Imported late: JAX must not be touched before the processes of a job are connected.
     from gptjax import config as config_lib
     from gptjax.kernels import cpu

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from experiments import common
+from gptjax.data import writer
 from gptjax.kernels import cpu
 
 
@@ -56,7 +57,7 @@ class Stages:
         """Notes costs of a stage; of two notes the larger stays."""
         known = self._costs.get(name, {})
         self._costs[name] = known | {key: max(value, known.get(key, 0.0)) for key, value in costs.items()}
-        self._path.write_text(json.dumps(self._costs, indent=2) + "\n", encoding="utf-8")
+        writer.write_json(self._path, self._costs)
 
     def total(self) -> dict[str, float]:
         """Of all stages: the sum of their `wall_seconds`, and the largest `peak_memory_bytes`."""
@@ -68,7 +69,10 @@ class Stages:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it to have it made again") from error
 
 
 def _take(lock: TextIO) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -155,7 +156,9 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
 
 
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: expected a finite number, got {value}")
         return float(value)
     # bool is an int to isinstance, yet `num_layers=True` is a mistake.
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):

@@ -62,5 +62,12 @@ def remove(path: epath.Path) -> None:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """As Orbax wants local paths; `absolute` would spoil one with a scheme."""
-    return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+    """As Orbax wants local paths; `absolute` would spoil one with a scheme.
+
+    Raises:
+      ValueError: for a scheme that is not known.
+    """
+    try:
+        return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
+    except KeyError as error:
+        raise ValueError(f"{path}: unknown scheme; expected a local path or gs://") from error

@@ -99,6 +99,8 @@ def find(path: epath.PathLike) -> epath.Path:
       ValueError: if there is none.
     """
     path = absolute(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; expected a checkpoint directory or a workdir with {DIRECTORY}/<step>")
     for directory in (path / DIRECTORY, path):
         steps = committed_steps(directory)
         if steps:
@@ -121,8 +123,7 @@ def read_meta(directory: epath.PathLike) -> Meta:
     """
     file = epath.Path(directory) / "meta" / JSON_FILE
     with _unreadable(epath.Path(directory), "meta"):
-        values = json.loads(file.read_text())
-    return meta_lib.from_json(values, path=str(file))
+        return meta_lib.from_json(json.loads(file.read_text()), path=str(file))
 
 
 def read_assets(directory: epath.PathLike) -> dict[str, bytes]:

@@ -66,6 +66,7 @@ class TrainData:
             does not divide among the hosts.
         """
         self._rows = host_rows(cfg.batch_size, num_hosts=num_hosts, host=host)
+        self.prefetch = cfg.prefetch
         self._batch_size = cfg.batch_size
         self._seq_len = seq_len
         self._seed = seed
@@ -102,17 +103,10 @@ class TrainData:
         return "\n".join(lines)
 
 
-def train_batches(
-    cfg: DataConfig, *, seq_len: int, seed: int, start_step: int = 0, num_hosts: int = 1, host: int = 0
-) -> Iterator[Batch]:
-    """Endless batches `[batch_size / num_hosts, seq_len]` from `start_step` on, made ahead in threads.
-
-    Raises:
-      ValueError: as `TrainData`, before the first batch is asked for.
-    """
-    data = TrainData(cfg, seq_len=seq_len, seed=seed, num_hosts=num_hosts, host=host)
+def train_batches(data: TrainData, *, start_step: int = 0) -> Iterator[Batch]:
+    """Endless batches `[batch_size / num_hosts, seq_len]` from `start_step` on, made ahead in threads."""
     logging.info("data\n%s", data.summary())
-    options = grain.ReadOptions(num_threads=min(cfg.prefetch, 4), prefetch_buffer_size=cfg.prefetch)
+    options = grain.ReadOptions(num_threads=min(data.prefetch, 4), prefetch_buffer_size=data.prefetch)
     steps: Any = grain.MapDataset.source(data)[start_step:]
     return iter(steps.to_iter_dataset(options))
 
@@ -196,8 +190,10 @@ def host_rows(batch_size: int, *, num_hosts: int, host: int) -> range:
     """The rows of a global batch that belong to `host`.
 
     Raises:
-      ValueError: if they cannot be shared out equally.
+      ValueError: if there are none or they cannot be shared out equally.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if not 0 <= host < num_hosts:
         raise ValueError(f"host: expected 0 to {num_hosts - 1}, got {host}")
     if batch_size % num_hosts:

@@ -1,14 +1,17 @@
 """Where text comes from: every source is a re-iterable stream of documents `(id, text)`.
 
-`open_source` takes one string, `kind:where` or a bare path recognised by its content:
+One string, `kind:where` or a bare path recognised by its content:
 
-    stdlib                       the Python standard library of this machine (see corpus.py)
-    dir:src or dir:src/**/*.py   files of a directory, or of a glob; each text file a document,
-                                 each .jsonl and .parquet file inside a stream of documents
-    text:book.txt                one file, one document
-    jsonl:data.jsonl.zst         one JSON object per line, plain or .gz or .zst, its key `text`
-    parquet:data.parquet         one row per document, its column `text`
-    tfds:name/config?split=train a prepared tensorflow-datasets data set, its feature `text`
+    stdlib                the Python standard library of this machine
+    dir:src, dir:src/**/*.py   files of a directory, or of a glob; a text
+                          file is a document, the .jsonl and .parquet files
+                          there are streams of documents
+    text:book.txt         one file, one document
+    jsonl:data.jsonl.zst  one JSON object per line, plain or .gz or .zst,
+                          its key `text`
+    parquet:data.parquet  one row per document, its column `text`
+    tfds:name/config?split=train   a prepared tensorflow-datasets data set,
+                          its feature `text`
 
 Ids are stable: they do not depend on the machine, the time or where the directory lies, so a
 held-out split by their hash never moves. Documents without a single character are left out.
@@ -32,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 
 import zstandard
 
-from gptjax.data import corpus
+from gptjax.data import corpus, listing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -81,11 +84,17 @@ def open_source(spec: str) -> Source:
         return Source(spec, lambda: _read_files(files), _size(files.values()))
     if not colon or kind not in _OPENERS:
         kind, where = _sniff(spec), spec
+    if not where:
+        raise ValueError(f"source {spec!r}: expected a path, stdlib, or one of {_KINDS}")
     return dataclasses.replace(_OPENERS[kind](where), description=f"{kind}:{where}")
 
 
 def split(source: Source, part: Part, *, eval_fraction: float) -> Iterator[Document]:
-    """The documents of one part, in order; without `eval_fraction` all are for training."""
+    """The documents of one part, in order; without `eval_fraction` all are for training.
+
+    Raises:
+      ValueError: if `eval_fraction` is not from 0 to 0.5.
+    """
     if not 0 <= eval_fraction <= 0.5:
         raise ValueError(f"eval_fraction: expected 0 to 0.5, got {eval_fraction}")
     for document in source.documents():
@@ -108,12 +117,10 @@ def _sniff(path: str) -> str:
     file = pathlib.Path(path)
     if file.is_dir() or glob.has_magic(path):
         return "dir"
-    if not file.is_file():
-        kinds = ", ".join(f"{kind}:" for kind in _OPENERS)
-        raise ValueError(f"{path}: no such file or directory; expected a path, stdlib, or one of {kinds}")
+    _check_regular(file)
     with file.open("rb") as raw:
         head = raw.read(4)
-    if head == b"PAR1":
+    if head == b"PAR1" or str(file).endswith(_PARQUET_SUFFIX):
         return "parquet"
     if head[:2] == b"\x1f\x8b" or head == b"\x28\xb5\x2f\xfd" or str(file).endswith(_JSONL_SUFFIXES):
         return "jsonl"
@@ -121,21 +128,7 @@ def _sniff(path: str) -> str:
 
 
 def _open_dir(where: str) -> Source:
-    base = pathlib.Path(where)
-    pattern = os.path.join(glob.escape(where), "**", "*")
-    if not base.is_dir():
-        pattern = where
-        # Ids start after the directories that are spelled out.
-        while glob.has_magic(str(base)):
-            base = base.parent
-    # glob leaves out hidden files and directories (.git) by itself.
-    files = {
-        path.relative_to(base).as_posix(): path
-        for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True)))
-        if path.is_file()
-    }
-    if not files:
-        raise ValueError(f"{where}: no files there; expected a directory of text, or a glob such as src/**/*.py")
+    files = listing.files(where)
     return Source(where, lambda: _read_files(files), _size(files.values()))
 
 
@@ -154,11 +147,17 @@ def _open_parquet(where: str) -> Source:
 
 def _of_file(where: str, read: Callable[[str, pathlib.Path], Iterator[Document]]) -> Source:
     path = pathlib.Path(where)
-    if not path.is_file():
-        raise ValueError(f"{where}: no such file")
+    _check_regular(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{where}: the file is empty")
     return Source(where, lambda: _nonempty(read(path.name, path)), _size([path]))
+
+
+def _check_regular(path: pathlib.Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or directory; expected a path, stdlib, or one of {_KINDS}")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file that can be read more than once, got a directory or a pipe")
 
 
 def _size(paths: Iterable[pathlib.Path]) -> int | None:
@@ -265,6 +264,8 @@ def _text_of(record: object, where: str) -> str:
     except UnicodeError as error:
         raise ValueError(f"{where}: `{TEXT_KEY}` is not Unicode text: {error}") from error
     got = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+    if text is not None:
+        got = f"one that is {type(text).__name__}"
     raise ValueError(f"{where}: expected an object with the string `{TEXT_KEY}`, got {got}")
 
 
@@ -320,3 +321,4 @@ _OPENERS: dict[str, Callable[[str], Source]] = {
     "parquet": _open_parquet,
     "tfds": _open_tfds,
 }
+_KINDS = ", ".join(f"{kind}:" for kind in _OPENERS)

@@ -106,7 +106,7 @@ class Store:
         found = tokenizer.load(self.path)
         if found.fingerprint != self.meta.fingerprint:
             raise ValueError(
-                f"{self.path / tokenizer.FILE_NAME}: not the tokenizer that made this store; {HOW_TO_MAKE}"
+                f"{self.path / tokenizer.FILE_NAME}: not the tokenizer that made this store; {_HOW_TO_REPAIR}"
             )
         return found
 
@@ -153,7 +153,10 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
     directory = local_path(path)
     if not (directory / META).is_file():
         partial = partial_path(directory)
-        hint = f"{partial} is unfinished: run the same command again" if partial.is_dir() else HOW_TO_MAKE
+        inside = sorted(file.parent.name for file in directory.glob(f"*/{META}"))
+        hint = f"there are in it: {', '.join(inside)}" if inside else HOW_TO_MAKE
+        if partial.is_dir():
+            hint = f"{partial} is unfinished: start again the experiments.prepare_data that was making it"
         raise ValueError(f"{directory}: no token store there; {hint}")
     meta = read_json(directory / META, StoreMeta)
     if meta.version != VERSION:
@@ -177,6 +180,7 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
 
 
 HOW_TO_MAKE = "make one with experiments.prepare_data"
+_HOW_TO_REPAIR = "copy it again, or delete the store and make it again with experiments.prepare_data"
 
 
 def read_json(path: pathlib.Path, cls: type[T]) -> T:
@@ -184,7 +188,7 @@ def read_json(path: pathlib.Path, cls: type[T]) -> T:
     try:
         return config.from_dict(cls, json.loads(path.read_bytes()), path=str(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: damaged: {error}; {HOW_TO_MAKE}") from error
+        raise ValueError(f"{path}: damaged: {error}; {_HOW_TO_REPAIR}") from error
 
 
 def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
@@ -194,9 +198,9 @@ def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
 
 def _check_size(path: pathlib.Path, expected: int) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: missing; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: missing; {_HOW_TO_REPAIR}")
     if path.stat().st_size != expected:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected}; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected}; {_HOW_TO_REPAIR}")
 
 
 def check(path: pathlib.Path, expected: int) -> None:
@@ -206,7 +210,7 @@ def check(path: pathlib.Path, expected: int) -> None:
         while block := file.read(_CHECK_BLOCK_BYTES):
             crc = zlib.crc32(block, crc)
     if crc != expected:
-        raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {HOW_TO_MAKE}")
+        raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {_HOW_TO_REPAIR}")
 
 
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:

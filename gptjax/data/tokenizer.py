@@ -37,6 +37,7 @@ _SPACE = "\u2581"
 # protobuf takes the last value of a field.
 _NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 
+_NUM_FIXED_PIECES = 5 + 256
 _TRAIN_CHUNK_CHARACTERS = 4096
 # The merge queue of one call grows with the text, so long documents are encoded in parts.
 _ENCODE_CHUNK_CHARACTERS = 1 << 20
@@ -176,6 +177,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 27
     Raises:
       ValueError: without text, or if it does not yield exactly `vocab_size` pieces.
     """
+    if vocab_size <= _NUM_FIXED_PIECES:
+        raise ValueError(f"vocab_size={vocab_size}: expected over {_NUM_FIXED_PIECES}, the 5 special ids and 256 bytes")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -203,6 +206,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 27
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", 1)[-1].strip() or "there is no text to learn from"
+        # There is no such option here.
+        reason = reason.replace(" or decrease character_coverage with --character_coverage option", "")
         raise ValueError(f"vocab_size={vocab_size}: cannot train a tokenizer: {reason}") from error
     return _sentencepiece(model.getvalue())
 
@@ -253,7 +258,8 @@ def _sentencepiece(serialized: bytes) -> Tokenizer:
         processor.load_from_serialized_proto(serialized)
         size = processor.vocab_size()
     except RuntimeError as error:
-        raise ValueError(f"not a SentencePiece model: {error}") from error
+        # What it says of the file concerns its own source code.
+        raise ValueError("not a tokenizer: it holds neither a SentencePiece model nor one of gptjax's") from error
     if size == 0:
         raise ValueError("not a SentencePiece model: it holds no pieces")
     unk = processor.unk_id()

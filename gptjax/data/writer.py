@@ -12,9 +12,11 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
@@ -61,6 +63,8 @@ def write_store(
         shard_bytes=shard_bytes,
     )
     if final.exists():
+        if not (final / store.META).is_file():
+            raise ValueError(f"{final}: already there and not a token store; delete it or choose another directory")
         found = store.open_store(final)
         _check_same_plan(final, plan, found.meta)
         found.verify()
@@ -68,12 +72,11 @@ def write_store(
     stream = iter(documents)
     first = next(stream, None)
     if first is None:
-        raise ValueError(f"{description}: no text to tokenise for {final}; every document is empty or held out")
-    if (partial / _PLAN).is_file():
-        _check_same_plan(partial, plan, store.read_json(partial / _PLAN, store.StoreMeta))
-    else:
-        partial.mkdir(parents=True, exist_ok=True)
-        _write_json(partial / _PLAN, plan)
+        raise ValueError(
+            f"{description}: no text to tokenise for {final}: no document that has text falls into this part; "
+            "give more documents, or another eval_fraction (0 holds nothing out)"
+        )
+    _begin(partial, plan)
     counter = _Counter(progress_fn)
     shards: list[store.ShardMeta] = []
     while first is not None:
@@ -82,11 +85,22 @@ def write_store(
         first = next(stream, None)
     with _synced(partial / FILE_NAME) as file:
         file.write(tokenizer.to_bytes())
-    _write_json(partial / store.META, dataclasses.replace(plan, shards=tuple(shards)))
-    for name in [_PLAN, *(_shard_name(index) for index in range(len(shards)))]:
-        (partial / name).unlink()
+    write_json(partial / store.META, dataclasses.replace(plan, shards=tuple(shards)))
     partial.rename(final)
+    for name in [_PLAN, *(_shard_name(index) for index in range(len(shards)))]:
+        (final / name).unlink()
     return store.open_store(final)
+
+
+def _begin(partial: pathlib.Path, plan: store.StoreMeta) -> None:
+    """Makes the unfinished directory, or finds that it can be gone on with."""
+    if (partial / _shard_name(0)).is_file():
+        _check_same_plan(partial, plan, store.read_json(partial / _PLAN, store.StoreMeta))
+        return
+    # Without a finished shard there is nothing to lose or to go on with.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(partial / _PLAN, plan)
 
 
 class _Counter:
@@ -120,7 +134,7 @@ def _finish_shard(
     done = directory / _shard_name(index)
     if not done.is_file():
         shard = _write_shard(directory, index, documents, tokenizer, plan, counter)
-        _write_json(done, shard)
+        write_json(done, shard)
         return shard
     shard = store.read_json(done, store.ShardMeta)
     crc = 0
@@ -187,23 +201,22 @@ def _until_full(documents: Iterator[source.Document], num_bytes: int) -> Iterato
         yield document
 
 
-class _synced:
+@contextmanager
+def _synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """A new file that is on the disk, not only in its cache, when the block ends."""
-
-    def __init__(self, path: pathlib.Path):
-        self._file: IO[bytes] = path.open("wb")
-
-    def __enter__(self) -> IO[bytes]:
-        return self._file
-
-    def __exit__(self, *exc_info: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    try:
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A full disk does not say where.
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
-def _write_json(path: pathlib.Path, value: object) -> None:
-    """Writes beside and renames, so that the file is there whole or not at all."""
+def write_json(path: pathlib.Path, value: object) -> None:
+    """Writes a dataclass or a mapping beside and renames, so that the file is there whole or not at all."""
     beside = path.with_suffix(".writing")
     with _synced(beside) as file:
         file.write(json.dumps(config.to_dict(value), indent=1).encode())

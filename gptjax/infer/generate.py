@@ -52,6 +52,8 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not -(2**31) <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: expected a number of 32 bits")
         for name in ("max_new_tokens", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -92,8 +94,9 @@ def generate(
     """
     if config.stop and decode_fn is None:
         raise ValueError(f"stop={list(config.stop)}: stop strings need the tokenizer's decode function")
-    run = _Run(cfg, params, prompts, config)
+    _check(cfg, prompts, config)
     rows = [_Row(prompt, config, decode_fn) for prompt in prompts]
+    run = _Run(cfg, params, prompts, config)
     while not all(row.done for row in rows):
         run.advance(BLOCK_TOKENS if config.stop else config.max_new_tokens, rows)
         tokens_BN, logprobs_BN = run.read()
@@ -110,12 +113,21 @@ def stream(
     config: GenerateConfig,
     decode_fn: DecodeFn,
 ) -> Iterator[str]:
-    """Yields the text of one completion piece by piece; the pieces join to `generate`'s text.
+    """The text of one completion piece by piece; the pieces join to `generate`'s text.
 
     The first piece comes after one token; later ones while the device computes the next block.
+
+    Raises:
+      ValueError: as `generate`, at once and not when the first piece is asked for.
     """
+    _check(cfg, [prompt], config)
+    return _pieces(cfg, params, prompt, config, _Row(prompt, config, decode_fn))
+
+
+def _pieces(
+    cfg: ModelConfig, params: Params, prompt: Sequence[int], config: GenerateConfig, row: _Row
+) -> Iterator[str]:
     run = _Run(cfg, params, [prompt], config)
-    row = _Row(prompt, config, decode_fn)
     while not row.done:
         (tokens,), (logprobs,) = run.read()
         run.advance(BLOCK_TOKENS, [row])
@@ -127,7 +139,6 @@ class _Run:
     """One batch on the device."""
 
     def __init__(self, cfg: ModelConfig, params: Params, prompts: Sequence[Sequence[int]], config: GenerateConfig):
-        _check(cfg, prompts, config)
         self._cfg, self._params = for_decoding(cfg, params)
         self._max_new_tokens = config.max_new_tokens
         self._num_tokens = 1

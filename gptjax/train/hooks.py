@@ -32,7 +32,10 @@ class Hook:
         return False
 
     def on_state(self, step: int, state: TrainState) -> Values:
-        """Given the state after a healthy step. It must not keep it: the next step reuses its memory."""
+        """Given the state after a healthy step, which may be a later one than the hook asked for.
+
+        It must not keep the state: the next step reuses its memory.
+        """
         return {}
 
     def on_end(self, step: int, state: TrainState, outcome: str) -> Values:

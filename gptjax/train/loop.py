@@ -3,7 +3,8 @@
 Order of a step: hooks hear of it, a batch is taken, the step is dispatched, and only then are
 the figures of the *previous* step read, so that the device always has the next step
 queued while the host logs. Hooks that need the state (evaluation, checkpoints) wait for the
-step they asked for, and see it only after its figures were found healthy.
+step they asked for, and see it only after its figures were found healthy; where they were not
+finite, after the next step whose are.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ class _Report:
         self._num_steps = num_steps
         self._health = Health()
         self._pending: tuple[int, Metrics] | None = None
+        self._due: list[Hook] = []
         self._loader_seconds = 0.0
         self._num_loads = 0
 
@@ -167,16 +169,21 @@ class _Report:
             self._pending = None
 
     def show_state(self, step: int, state: TrainState) -> None:
-        due = [hook for hook in self._hooks if hook.wants_state(step)]
-        if due:
-            self.drain()
-            started = time.perf_counter()
-            for hook in due:
-                self._publish(step, hook.on_state(step, state))
-            self._throughput.skip(time.perf_counter() - started)
+        self._due += [hook for hook in self._hooks if hook not in self._due and hook.wants_state(step)]
+        if not self._due:
+            return
+        self.drain()
+        if self._health.num_doubtful:
+            return
+        due, self._due = self._due, []
+        started = time.perf_counter()
+        for hook in due:
+            self._publish(step, hook.on_state(step, state))
+        self._throughput.skip(time.perf_counter() - started)
 
     def finish(self, step: int, state: TrainState, outcome: Outcome) -> None:
         self.drain()
+        self._health.check_end(step)
         for hook in self._hooks:
             self._publish(step, hook.on_end(step, state, outcome))
 

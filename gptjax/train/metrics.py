@@ -74,7 +74,11 @@ class _LocalLines:
         self._stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def append(self, line: Mapping[str, Any]) -> None:
-        self._stream.write(_text(line))
+        try:
+            self._stream.write(_text(line))
+        except OSError as error:
+            error.filename = self._stream.name  # a full disk does not say where
+            raise
 
     def close(self) -> None:
         self._stream.close()
@@ -109,7 +113,18 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
     texts = path.read_text().splitlines(keepends=True)
     if texts and not texts[-1].endswith("\n"):
         texts.pop()
-    return [json.loads(text) for text in texts]
+    return [_parsed(text, f"{path}:{number}") for number, text in enumerate(texts, start=1)]
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        if isinstance(line["step"], int):
+            return line
+        reason = f"its step is {line['step']!r}"
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{where}: expected a JSON object with a step, as training writes ({reason}); remove that line")
 
 
 class _TensorBoard:

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -22,10 +22,13 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from gptjax import config as config_lib
+from gptjax import lock
+from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import loader
+from gptjax.data import store as store_lib
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import cost, transformer
@@ -43,11 +46,10 @@ from gptjax.train.metrics import MetricsWriter, write_json
 from gptjax.train.setup import RunConfig, Setup, TrainConfig
 from gptjax.train.state import TrainState
 from gptjax.train.throughput import Throughput
+from gptjax.train.workdir import SUMMARY_FILE
 from gptjax.types import Batch
 
 __all__ = ["RunConfig", "TrainConfig", "run"]
-
-SUMMARY_FILE = "summary.json"
 
 
 def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
@@ -57,22 +59,49 @@ def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
       ValueError: for a config whose parts do not fit each other or the machine, a workdir of
         another run, a checkpoint that cannot be read, unusable data, or training that diverges.
     """
-    path = epath.Path(path)
+    path = directory.absolute(path)
     tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
     mesh = make_mesh(cfg.mesh)
     with jax.set_mesh(mesh), rules.use(cfg.mesh.rules):
         setup = setup_lib.make(cfg, mesh, tokenizer)
         setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
-        workdir.claim(path, cfg)
-        _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))
-        _show("mesh", f"{dict(mesh.shape)} of {mesh.size} x {mesh.devices.flat[0].device_kind}")
-        _show("state", inventory.table(setup.shapes, setup.shardings))
-        with contextlib.closing(CheckpointStore(path, keep_last=cfg.train.keep_checkpoints)) as store:
-            return _train(cfg, path, setup, tokenizer, store)
+        data = _open_data(cfg, tokenizer)
+        with lock.exclusive(path) if hosts.is_lead() else contextlib.nullcontext():
+            workdir.claim(path, cfg)
+            _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))
+            _show("mesh", f"{dict(mesh.shape)} of {mesh.size} x {mesh.devices.flat[0].device_kind}")
+            _show("state", inventory.table(setup.shapes, setup.shardings))
+            with contextlib.closing(CheckpointStore(path, keep_last=cfg.train.keep_checkpoints)) as store:
+                return _train(cfg, path, setup, data, tokenizer, store)
+
+
+class Data(NamedTuple):
+    """This host's part of the data, opened and checked."""
+
+    train: loader.TrainData
+    eval: loader.EvalBatches | None
+
+
+def _open_data(cfg: RunConfig, tokenizer: Tokenizer) -> Data:
+    sharding: NamedSharding = rules.batch_sharding(jax.sharding.get_mesh())
+    # Hosts that split heads or a sequence load the same rows.
+    host, num_hosts = hosts.row_group(sharding, (cfg.data.batch_size, cfg.model.seq_len))
+    train = loader.TrainData(cfg.data, seq_len=cfg.model.seq_len, seed=cfg.seed, num_hosts=num_hosts, host=host)
+    if cfg.data.eval is None:
+        return Data(train, None)
+    heldout = loader.eval_batches(
+        store_lib.open_store(cfg.data.eval, fingerprint=tokenizer.fingerprint),
+        batch_size=cfg.data.batch_size,
+        seq_len=cfg.model.seq_len,
+        max_batches=cfg.train.eval_batches or None,
+        num_hosts=num_hosts,
+        host=host,
+    )
+    return Data(train, heldout)
 
 
 def _train(
-    cfg: RunConfig, path: epath.Path, setup: Setup, tokenizer: Tokenizer, store: CheckpointStore
+    cfg: RunConfig, path: epath.Path, setup: Setup, data: Data, tokenizer: Tokenizer, store: CheckpointStore
 ) -> dict[str, Any]:
     meta = meta_lib.make(
         setup.model,
@@ -101,12 +130,12 @@ def _train(
         setup.objective,
         setup.optimizer,
         state,
-        _train_batches(cfg, start_step=latest or 0),
+        iter(GlobalBatches(loader.train_batches(data.train, start_step=latest or 0))),
         num_steps=cfg.train.num_steps,
         seed=cfg.seed,
         accumulate_steps=cfg.train.accumulate_steps,
         log_every=cfg.train.log_every,
-        hooks=_hooks(cfg, path, setup, tokenizer, store, meta, account, latest or 0),
+        hooks=_hooks(cfg, path, setup, data, tokenizer, store, meta, account, latest or 0),
         throughput=throughput,
     )
     summary = _summary(cfg, setup, result, account, throughput)
@@ -119,8 +148,12 @@ def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] |
     """The summary of a run with nothing left to do; None if it was killed before writing one."""
     if latest < cfg.train.num_steps or not (path / SUMMARY_FILE).exists():
         return None
-    summary = json.loads((path / SUMMARY_FILE).read_text())
-    return summary if summary["step"] == latest else None
+    try:
+        summary = json.loads((path / SUMMARY_FILE).read_text())
+        return summary if summary["step"] == latest else None
+    except (ValueError, TypeError, KeyError):
+        logging.warning("%s: is damaged; it is written again.", path / SUMMARY_FILE)
+        return None
 
 
 class Account(Hook):
@@ -157,6 +190,12 @@ def _restore(store: CheckpointStore, step: int, setup: Setup, meta: Meta, accoun
             f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, "
             f"but data.tokenizer is {meta.tokenizer[:12]}; give the one that the run was started with"
         )
+    lacking = account.to_json().keys() - found.data.keys()
+    if lacking:
+        raise ValueError(
+            f"{store.directory / str(step)}: its data item lacks {', '.join(sorted(lacking))}; restore it from a copy, "
+            "or choose another workdir if this is not a checkpoint of a pretraining run"
+        )
     account.restore(found.data)
     step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), setup.shardings.step)
     return TrainState(step=step_array, params=found.params, opt_state=found.opt_state, extra=found.extra)
@@ -166,6 +205,7 @@ def _hooks(
     cfg: RunConfig,
     path: epath.Path,
     setup: Setup,
+    data: Data,
     tokenizer: Tokenizer,
     store: CheckpointStore,
     meta: Meta,
@@ -189,8 +229,8 @@ def _hooks(
     if cfg.train.profile_steps is not None:
         first, last = cfg.train.profile_steps
         hooks.append(hooks_lib.Profiler(str(path / "profile"), first=first, last=last))
-    if cfg.data.eval is not None:
-        hooks.append(_evaluation(cfg, setup))
+    if data.eval is not None:
+        hooks.append(_evaluation(cfg, setup, data.eval))
     hooks.append(hooks_lib.Checkpoints(save, store.wait, every=cfg.train.checkpoint_every, last_step=start_step))
     if hosts.is_lead():
         hooks.append(MetricsWriter(path, start_step=start_step))
@@ -198,15 +238,8 @@ def _hooks(
     return hooks
 
 
-def _evaluation(cfg: RunConfig, setup: Setup) -> Hook:
+def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches) -> Hook:
     """Evaluates the parameters and, where the optimizer keeps one, their average."""
-    batches = loader.eval_batches(
-        cfg.data.eval,  # type: ignore[arg-type]
-        batch_size=cfg.data.batch_size,
-        seq_len=cfg.model.seq_len,
-        max_batches=cfg.train.eval_batches or None,
-        **_host_rows(cfg),
-    )
     evaluate = evaluator(
         setup.objective,
         GlobalBatches(batches),
@@ -234,24 +267,6 @@ class GlobalBatches:
         sharding: NamedSharding = rules.batch_sharding(jax.sharding.get_mesh())
         for batch in self._host_batches:
             yield hosts.to_global(batch, sharding)
-
-
-def _train_batches(cfg: RunConfig, *, start_step: int) -> Iterator[Batch]:
-    host_batches = loader.train_batches(
-        cfg.data,
-        seq_len=cfg.model.seq_len,
-        seed=cfg.seed,
-        start_step=start_step,
-        **_host_rows(cfg),
-    )
-    return iter(GlobalBatches(host_batches))
-
-
-def _host_rows(cfg: RunConfig) -> dict[str, int]:
-    """The part of each batch that this process loads; hosts that split heads or a sequence load the same rows."""
-    sharding: NamedSharding = rules.batch_sharding(jax.sharding.get_mesh())
-    group, num_groups = hosts.row_group(sharding, (cfg.data.batch_size, cfg.model.seq_len))
-    return {"host": group, "num_hosts": num_groups}
 
 
 def _summary(

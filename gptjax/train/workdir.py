@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -15,6 +17,7 @@ from gptjax.train.metrics import write_json
 from gptjax.train.setup import RunConfig
 
 CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
 
 FREE_KEYS = (
     "mesh",
@@ -40,15 +43,24 @@ its content is compared with the checkpoint's."""
 def claim(path: epath.PathLike, cfg: RunConfig) -> None:
     """Makes `path` the workdir of `cfg`, or finds that it is.
 
+    A config that was started without coming to a checkpoint leaves nothing that could be lost, and gives way.
+
     Raises:
-      ValueError: when it holds a run of another config; the message has the differences.
+      ValueError: when it holds a run of another config, whose differences the message has, or one that
+        has lost its checkpoints.
     """
     path = epath.Path(path)
+    steps = store_lib.committed_steps(path / store_lib.DIRECTORY)
+    if not steps and (path / SUMMARY_FILE).exists():
+        raise ValueError(
+            f"{path}: has the {SUMMARY_FILE} of a run, but no checkpoint in {store_lib.DIRECTORY}; put the checkpoints "
+            f"back to go on, or choose another --workdir"
+        )
     new = config_lib.to_dict(cfg)
-    old = _config_of(path)
+    old = _config_of(path, steps)
     changes = [] if old is None else config_lib.diff(old, new)
     blocking = [line for line in changes if not _is_free(line.split(":", 1)[0])]
-    if blocking:
+    if blocking and steps:
         raise ValueError(
             f"{path} holds a run of another config (old -> new):\n  " + "\n  ".join(blocking) + "\n"
             f"Choose another --workdir, or go on with the old values; free to change are {', '.join(FREE_KEYS)}."
@@ -59,17 +71,24 @@ def claim(path: epath.PathLike, cfg: RunConfig) -> None:
         write_json(path / CONFIG_FILE, new)
 
 
-def _config_of(path: epath.Path) -> dict[str, Any] | None:
+def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
     """The config of the run in a workdir: its file's or, where that is gone, its newest checkpoint's."""
     file = path / CONFIG_FILE
     if file.exists():
         try:
-            return json.loads(file.read_text())
+            found = json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{file}: is not JSON ({error}); restore it, or choose another --workdir") from error
-    if store_lib.committed_steps(path / store_lib.DIRECTORY):
-        return store_lib.read_meta(store_lib.find(path)).run
-    return None
+            raise ValueError(
+                f"{file}: is not JSON ({error}); restore it, or remove it for that of a checkpoint"
+            ) from error
+    elif steps:
+        file = path / store_lib.DIRECTORY / str(steps[-1])
+        found = store_lib.read_meta(file).run
+    else:
+        return None
+    if not isinstance(found, dict) or not {field.name for field in dataclasses.fields(RunConfig)} <= found.keys():
+        raise ValueError(f"{file}: has no config of a pretraining run; choose another --workdir")
+    return found
 
 
 def _is_free(key: str) -> bool:

@@ -49,8 +49,9 @@ def only(cfg, directory, name):
     return dataclasses.replace(cfg, train={str(directory / name): 1.0})
 
 
-def take(cfg, count, **options):
-    batches = loader.train_batches(cfg, seq_len=SEQ_LEN, **({"seed": 1} | options))
+def take(cfg, count, *, start_step=0, **options):
+    data = loader.TrainData(cfg, seq_len=SEQ_LEN, **({"seed": 1} | options))
+    batches = loader.train_batches(data, start_step=start_step)
     return list(itertools.islice(batches, count))
 
 
@@ -96,7 +97,7 @@ def test_prefetching_changes_nothing(cfg):
 
 def test_prefetch_threads_end_with_the_iterator(cfg):
     before = threading.active_count()
-    batches = loader.train_batches(cfg, seq_len=SEQ_LEN, seed=1)
+    batches = loader.train_batches(loader.TrainData(cfg, seq_len=SEQ_LEN, seed=1))
     next(batches)
     assert threading.active_count() > before
     del batches

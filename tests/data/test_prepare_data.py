@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from gptjax import lock
 from gptjax.data import store, tokenizer
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -53,6 +54,9 @@ def test_trains_a_tokenizer_and_writes_both_parts(tmp_path, texts):
     other = prepare(out, f"--source={texts}", "--vocab_size=330", "--eval_fraction=0.1")
     assert other.returncode != 0
     assert "has 320 pieces, not 330" in other.stderr
+    with lock.exclusive(out):
+        second = prepare(out, f"--source={texts}", "--vocab_size=320", "--eval_fraction=0.1")
+    assert second.returncode == 2 and "another process is working there" in second.stderr
 
 
 def test_a_bucket_is_refused_before_anything_is_written(texts):
@@ -95,3 +99,16 @@ def test_bad_text_is_named_and_leaves_no_store(tmp_path, texts):
     assert result.returncode != 0
     assert "050.py: not UTF-8 at byte 3 (0xe9)" in result.stderr
     assert not (tmp_path / "out" / "train").exists()
+
+
+def test_nothing_held_out_is_noticed_before_the_work_and_can_be_put_right(tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "a.txt").write_text("one document")
+    flags = (f"--source={tmp_path}/few", "--tokenizer=bytes")
+    result = prepare(tmp_path / "out", *flags)
+    assert result.returncode == 2
+    assert "out/eval: no document that has text falls into this part" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
+    result = prepare(tmp_path / "out", *flags, "--eval_fraction=0")
+    assert result.returncode == 0, result.stderr
+    assert store.open_store(tmp_path / "out" / "train").num_documents == 1

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import sys
 import tracemalloc
 
@@ -59,8 +60,8 @@ def test_split_parts_are_disjoint_and_complete():
     parts = {part: {d.id for d in source.split(library, part, eval_fraction=0.05)} for part in ("train", "eval")}
     assert not parts["train"] & parts["eval"]
     assert parts["train"] | parts["eval"] == {d.id for d in library.documents()}
-    # The hash holds out one in a whole number: one in one would leave nothing to train on.
-    for fraction in (-0.1, 0.7, 1):
+    # One document in round(1 / 0.7) would be all of them.
+    for fraction in (-0.1, 0.7, 1, float("nan")):
         with pytest.raises(ValueError, match=f"eval_fraction: expected 0 to 0.5, got {fraction}"):
             list(source.split(library, "eval", eval_fraction=fraction))
 
@@ -126,7 +127,8 @@ def test_parquet(tmp_path):
     [
         ("a.txt", b"caf\xe9", r"a.txt: not UTF-8 at byte 3 \(0xe9\)"),
         ("a.txt", b"", "a.txt: the file is empty"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "a.jsonl:2: expected an object with the string `text`"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "a.jsonl:2: expected .* string `text`, got one that is int"),
+        ("a.jsonl", rb'{"text": "a \ud800 b"}', "a.jsonl:1: `text` has a lone surrogate"),
         ("a.jsonl", b'{"body": "a"}\n', r"a.jsonl:1: .* got keys \['body'\]"),
         ("a.jsonl", b'["a"]\n', "a.jsonl:1: .* got list"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: expected one JSON object in UTF-8"),
@@ -137,6 +139,7 @@ def test_parquet(tmp_path):
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)[:-4], "a.jsonl.zst: damaged after line"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES) + b"broken", "a.jsonl.zst: damaged after line"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable parquet file"),
+        ("a.parquet", b"text, whatever its name", "a.parquet: not a readable parquet file"),
     ],
 )
 def test_bad_content_is_named(tmp_path, name, content, message):
@@ -186,6 +189,15 @@ def test_what_is_not_there_is_named(tmp_path):
         source.open_source(f"dir:{tmp_path}")
     with pytest.raises(ValueError, match="no such file"):
         source.open_source(f"jsonl:{tmp_path}/none.jsonl")
+    for spec in ("", "dir:"):  # not the directory that one happens to be in
+        with pytest.raises(ValueError, match=f"source '{spec}': expected a path"):
+            source.open_source(spec)
+    os.mkfifo(tmp_path / "pipe")
+    for spec in (f"text:{tmp_path}", str(tmp_path / "pipe")):
+        with pytest.raises(
+            ValueError, match="expected a file .*, got a directory or a pipe"
+        ):
+            source.open_source(spec)
 
 
 def test_duplicates_go_and_the_first_stays():

@@ -66,7 +66,7 @@ def test_kill_leaves_nothing_under_the_name_and_resumes_to_the_same_files(tmp_pa
         with pytest.raises(Killed):
             writer.write_store(path, killed_after(kill_at), BYTES, **SMALL_SHARDS)
         assert not path.exists()
-        with pytest.raises(ValueError, match="again.partial is unfinished: run the same command again"):
+        with pytest.raises(ValueError, match="again.partial is unfinished: start again the exp"):
             store.open_store(path)
     finished = tmp_path / "again.partial" / store.tokens_name(1)
     before = finished.stat()
@@ -109,6 +109,26 @@ def test_another_store_is_never_overwritten(written):
     for pieces, description in ((other, "test"), (BYTES, "another source")):
         with pytest.raises(ValueError, match="store: already there and made otherwise"):
             writer.write_store(written.path, DOCUMENTS, pieces, description=description, shard_bytes=100)
+
+
+def test_an_unfinished_store_without_a_finished_shard_gives_way(tmp_path, written):
+    """A mistyped source must not block the right one."""
+    with pytest.raises(Killed):
+        writer.write_store(tmp_path / "again", killed_after(3), BYTES, description="mistyped")
+    (tmp_path / "again.partial" / "00007.tokens").touch()  # of a longer one
+    writer.write_store(tmp_path / "again", DOCUMENTS, BYTES, **SMALL_SHARDS)
+    assert files_of(tmp_path / "again") == files_of(written.path)
+    with pytest.raises(Killed):
+        writer.write_store(tmp_path / "other", killed_after(30), BYTES, **SMALL_SHARDS)
+    with pytest.raises(ValueError, match="other.partial: already there and made otherwise"):
+        writer.write_store(tmp_path / "other", DOCUMENTS, BYTES, description="another source")
+
+
+def test_what_is_there_and_no_store_is_not_touched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="already there and not a token store; delete it or choose another"):
+        writer.write_store(tmp_path, DOCUMENTS, BYTES, description="test")
+    assert files_of(tmp_path) == {"notes.txt": b"mine"}
 
 
 def test_no_text_is_refused_and_leaves_nothing(tmp_path):
@@ -208,6 +228,10 @@ def test_nothing_there_is_named(tmp_path):
         store.open_store(tmp_path / "none")
     with pytest.raises(ValueError, match="gs://bucket/train: stores are memory-mapped"):
         store.open_store("gs://bucket/train")
+    for name in ("train", "eval"):
+        writer.write_store(tmp_path / "data" / name, DOCUMENTS, BYTES, description="test")
+    with pytest.raises(ValueError, match="data: no token store there; there are in it: eval, train"):
+        store.open_store(tmp_path / "data")
 
 
 def test_a_store_is_not_written_to_a_bucket(tmp_path, monkeypatch):

@@ -159,6 +159,8 @@ def test_a_vocabulary_that_cannot_be_is_refused(code):
         tokenizer.train_bpe(code[:3], 100)
     with pytest.raises(ValueError, match="vocab_size=9000: .*too high"):
         tokenizer.train_bpe(["a little text"], 9000)
+    with pytest.raises(ValueError, match="vocab_size=261: expected over 261, the 5 special ids and 256 bytes"):
+        tokenizer.train_bpe(["some text"], 261)
     with pytest.raises(ValueError, match="no text to learn from"):
         tokenizer.train_bpe([], 500)
 

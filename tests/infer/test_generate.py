@@ -171,3 +171,13 @@ def test_a_bidirectional_model_and_no_tokens_are_refused(tiny):
         generate(dataclasses.replace(cfg, causal=False), params, prompts=[[1]], config=GenerateConfig(max_new_tokens=2))
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         GenerateConfig(max_new_tokens=0)
+    with pytest.raises(ValueError, match="seed=99999999999: expected a number of 32 bits"):
+        GenerateConfig(max_new_tokens=1, seed=99999999999)
+
+
+def test_a_stream_refuses_bad_input_before_the_first_piece(tiny):
+    """Whoever streams to a terminal has shown the prompt by then."""
+    for prompt, stop, message in (([], (), "has no tokens"), ([1], ("",), "empty stop string")):
+        config = GenerateConfig(max_new_tokens=2, stop=stop)
+        with pytest.raises(ValueError, match=message):
+            stream(*tiny, prompt=prompt, config=config, decode_fn=lambda ids: "x" * len(ids))

@@ -208,6 +208,38 @@ def test_skipped_steps_are_survived_until_there_are_too_many_in_a_row():
         loop.run_steps(fake_step([], nan_from(5, skipped=True)), FakeState(), iter(range(99)), num_steps=90)
 
 
+def test_what_a_non_finite_step_leaves_in_doubt_is_saved_after_the_next_finite_one():
+    """Parameters can be finite and too large: then the checkpoints from before must stay the newest."""
+    saves = []
+    checkpoints = Checkpoints(lambda step, state: saves.append(int(state.step)), lambda: None, every=2)
+
+    def now_and_then(step):
+        return {"grad_norm": float("nan") if step in (4, 5, 9) else 1.0, "skipped": float(step in (4, 5, 9))}
+
+    loop.run_steps(fake_step([], now_and_then), FakeState(), iter(range(99)), num_steps=9, hooks=[checkpoints])
+    assert saves == [2, 6, 8, 9]
+    saves.clear()
+    with pytest.raises(DivergedError, match="step 12, the last: neither it nor the 8 before were finite"):
+        loop.run_steps(
+            fake_step([], nan_from(4, skipped=True)), FakeState(), iter(range(99)), num_steps=12, hooks=[checkpoints]
+        )
+    assert saves == [2]
+
+
+def test_spikes_do_not_put_off_a_checkpoint():
+    saves = []
+    checkpoints = Checkpoints(lambda step, state: saves.append(int(state.step)), lambda: None, every=2)
+    values = lambda step: {"grad_norm": 9.0, "skipped": float(step == 4)}  # noqa: E731
+    loop.run_steps(fake_step([], values), FakeState(), iter(range(99)), num_steps=5, hooks=[checkpoints])
+    assert saves == [2, 4, 5]
+
+
+def test_an_update_that_loses_the_parameters_is_noticed_at_once():
+    values = lambda step: {"grad_norm": 1.0, "param_norm": float("inf") if step > 2 else 1.0}  # noqa: E731
+    with pytest.raises(DivergedError, match="step 3: loss=1, grad_norm=1, param_norm=inf, so the parameters are lost"):
+        loop.run_steps(fake_step([], values), FakeState(), iter(range(99)), num_steps=5)
+
+
 def test_a_real_nan_batch_stops_the_run():
     def objective(params, frozen, batch, rng, step):
         loss = toy.objective(params, frozen, batch, rng, step)

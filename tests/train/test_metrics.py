@@ -33,6 +33,20 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert [x["step"] for x in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("line", ["{x", '{"loss": 1.0}', "[1]", '{"step": "2"}', "\0\0"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    write(tmp_path, [1])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl:2: expected a JSON object with a step.*; remove that line"):
+        MetricsWriter(tmp_path, start_step=1)
+
+
+def test_figures_that_are_not_finite_are_written_without_a_warning_each(tmp_path, caplog):
+    write(tmp_path, [1, 2], loss=lambda step: math.nan)
+    assert caplog.records == []
+
+
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
     writer = MetricsWriter(tmp_path, start_step=0)
     writer.on_values(1, {"loss": 2.0})

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from gptjax import config as config_lib
+from gptjax import lock
 from gptjax.checkpoint import store as store_lib
 from gptjax.data import source, writer
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.nn import transformer
 from gptjax.train import hooks as hooks_lib
 from gptjax.train import run as run_lib
+from gptjax.train import workdir
 from gptjax.train.health import DivergedError
 from gptjax.train.metrics import read_metrics
 from gptjax.train.run import run
@@ -163,9 +165,80 @@ def test_a_nan_later_leaves_the_good_checkpoints(run_config, tmp_path, monkeypat
         return state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
 
     monkeypatch.setattr(run_lib, "_restore", poisoned)
-    with pytest.raises(DivergedError, match="the last 20 steps were all skipped"):
+    with pytest.raises(DivergedError, match="step 4: loss=nan, .*param_norm=nan, so the parameters are lost"):
         run(run_config(train__num_steps=40, train__checkpoint_every=0), tmp_path)
     assert files_under(tmp_path / "ckpt") == good
+
+
+def test_a_rate_that_destroys_the_parameters_stops_at_step_one_and_can_be_put_right(run_config, tmp_path):
+    with pytest.raises(DivergedError, match="step 1: .* so the parameters are lost"):
+        run(run_config(optim__learning_rate=1e30), tmp_path)
+    assert store_lib.committed_steps(tmp_path / "ckpt") == []
+    assert run(run_config(), tmp_path)["outcome"] == "finished"
+
+
+def test_a_workdir_without_a_checkpoint_takes_another_config(run_config, tmp_path):
+    cfg = run_config()
+    workdir.claim(tmp_path, cfg)
+    other = run_config(optim__learning_rate=0.02)
+    workdir.claim(tmp_path, other)
+    assert json.loads((tmp_path / "config.json").read_text()) == config_lib.to_dict(other)
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(run_config, tmp_path):
+    run(run_config(), tmp_path)
+    shutil.rmtree(tmp_path / "ckpt")
+    before = files_under(tmp_path)
+    with pytest.raises(
+        ValueError, match="has the summary.json of a run, but no checkpoint in ckpt"
+    ):
+        run(run_config(train__num_steps=9), tmp_path)
+    assert files_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[1]"])
+def test_a_damaged_config_is_named(run_config, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json: (is not JSON|has no config of a pretraining run)"):
+        workdir.claim(tmp_path, run_config())
+
+
+def test_checkpoints_of_another_program_are_named(run_config, tmp_path):
+    cfg = run_config()
+    run(cfg, tmp_path)
+    (tmp_path / "summary.json").write_text("{")  # made anew below, being derived
+    data = tmp_path / "ckpt" / "6" / "data" / "metadata"
+    right = data.read_text()
+    data.write_text("{}")
+    with pytest.raises(ValueError, match="ckpt/6: its data item lacks train_tokens, wall_seconds; restore"):
+        run(cfg, tmp_path)
+    data.write_text(right)
+    assert run(cfg, tmp_path)["step"] == 6
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 6
+
+
+def test_a_second_process_is_kept_out(run_config, tmp_path):
+    run(run_config(train__num_steps=3), tmp_path)
+    before = files_under(tmp_path)
+    with lock.exclusive(tmp_path), pytest.raises(ValueError, match="another process is working there"):
+        run(run_config(), tmp_path)
+    assert files_under(tmp_path) == before
+
+
+def test_an_unknown_scheme_and_a_file_in_the_way_are_named(run_config, tmp_path):
+    with pytest.raises(ValueError, match="nfs://server/run: unknown scheme; expected a local path or gs://"):
+        run(run_config(), "nfs://server/run")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file: expected a directory"):
+        run(run_config(), tmp_path / "file")
+
+
+def test_held_out_tokens_of_another_tokenizer_are_refused(run_config, tmp_path):
+    letters = tokenizer_lib.characters("abc ")
+    documents = [source.Document("0", "a b c")]
+    writer.write_store(tmp_path / "eval", documents, letters, description="letters")
+    with pytest.raises(ValueError, match="eval: made with tokenizer"):
+        run(run_config(data__eval=str(tmp_path / "eval")), tmp_path / "run")
 
 
 def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_config, tmp_path):
@@ -190,12 +263,13 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_co
         ({"model__vocab_size": 512}, "the tokenizer .* has 260 pieces; expected 260, or 384"),
         ({"data__tokenizer": "/nowhere"}, "/nowhere: no tokenizer there"),
         ({"data__train": {"/nowhere": 1.0}}, "/nowhere"),
+        ({"data__eval": "/nowhere"}, "/nowhere: no token store there"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(run_config, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(run_config(**changes), tmp_path / "workdir")
-    assert not (tmp_path / "workdir" / "metrics.jsonl").exists()
+    assert not (tmp_path / "workdir").exists()
 
 
 def test_a_vocabulary_rounded_up_to_128_is_accepted(run_config, tmp_path):
