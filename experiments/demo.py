@@ -19,7 +19,8 @@ from typing import Any
 from absl import app, flags
 
 from experiments import common
-from experiments.stages import Stages, read_json
+from experiments.stages import Stages
+from gptjax.json_files import read_json, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
 _CONFIG = flags.DEFINE_string("config", "configs/demo.py", "Config; it is given the directory of the data.")
@@ -56,7 +57,6 @@ def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stag
     from gptjax.eval import report
     from gptjax.model import load
     from gptjax.optim.groups import path_of
-    from gptjax.train.metrics import write_json
 
     summary = read_json(workdir / "summary.json")
     summary.setdefault("train_wall_seconds", summary["wall_seconds"])
@@ -80,7 +80,7 @@ def _compressors(data: Path, stages: Stages) -> dict[str, float]:
     if not path.exists():
         began = time.perf_counter()
         train, heldout = (baselines.text_of(open_store(data / part)) for part in ("train", "eval"))
-        path.write_text(json.dumps(baselines.bits_per_byte(heldout, train=train)), encoding="utf-8")
+        write_json(path, baselines.bits_per_byte(heldout, train=train))
         stages.add("compressors", seconds=time.perf_counter() - began)
     return read_json(path)
 

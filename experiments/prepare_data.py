@@ -9,9 +9,7 @@ Leaves in --out: tokenizer.model, train/, eval/ and summary.json. Killed, it goe
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import resource
 import time
 from collections.abc import Mapping
 
@@ -20,6 +18,8 @@ from absl import app, flags, logging
 from experiments import common
 from gptjax.data import clean, source, tokenizer, writer
 from gptjax.data.progress import ProgressLine
+from gptjax.json_files import write_json
+from gptjax.process import peak_memory_bytes
 
 _SOURCE = flags.DEFINE_string("source", "stdlib", str(source.__doc__).partition("\n\n")[2])
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
         summary[part] = counts = _write_part(part, out / part, text, pieces)
         _print_table({f"{part} {name}": value for name, value in counts.items()})
     summary["seconds"] = round(time.perf_counter() - began, 2)
-    summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    summary["peak_memory_bytes"] = peak_memory_bytes()
+    write_json(out / "summary.json", summary)
 
 
 def _write_part(

@@ -1,4 +1,4 @@
-"""Many hosts as one: start-up, data from each host, agreement among them."""
+"""Many hosts as one: start-up, and data from each host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 
@@ -65,19 +64,6 @@ def _has_libtpu() -> bool:
 def is_lead() -> bool:
     """True on the one process that logs and writes small files."""
     return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-    """Waits until every process has reached the barrier of this name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def any_host(flag: bool) -> bool:
-    """True everywhere when the flag is set on any process; a collective, so all must call it."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

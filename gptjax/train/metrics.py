@@ -54,15 +54,6 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return _lines(epath.Path(workdir) / "metrics.jsonl")
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
-
-
 class _LocalLines:
     """Each line is handed to the operating system at once, so that a killed process loses none."""
 
@@ -109,7 +100,14 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
     texts = path.read_text().splitlines(keepends=True)
     if texts and not texts[-1].endswith("\n"):
         texts.pop()
-    return [json.loads(text) for text in texts]
+    return [_parsed(text, f"{path}:{number}") for number, text in enumerate(texts, 1)]
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: is not JSON ({error}); remove the line") from error
 
 
 def _tensorboard(directory: str, start_step: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from absl import logging
@@ -10,8 +9,8 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax.checkpoint import store as store_lib
+from gptjax.json_files import read_json, write_json
 from gptjax.parallel import hosts
-from gptjax.train.metrics import write_json
 from gptjax.train.setup import RunConfig
 
 CONFIG_FILE = "config.json"
@@ -63,10 +62,7 @@ def _config_of(path: epath.Path) -> dict[str, Any] | None:
     """The config of the run in a workdir: its file's or, where that is gone, its newest checkpoint's."""
     file = path / CONFIG_FILE
     if file.exists():
-        try:
-            return json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: is not JSON ({error}); restore it, or choose another --workdir") from error
+        return read_json(file)
     if store_lib.committed_steps(path / store_lib.DIRECTORY):
         return store_lib.read_meta(store_lib.find(path)).run
     return None
