@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging as python_logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
+
+from experiments import compilation_cache
+from gptjax.json_files import write_json
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 FAILED = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
@@ -41,6 +49,7 @@ def start(main: Callable[[], int | None]) -> None:
             return INTERRUPTED
 
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["debug"])
+    compilation_cache.configure()
     app.run(run, flags_parser=_parse)
 
 
@@ -51,6 +60,30 @@ def print_table(rows: Mapping[str, object]) -> None:
             print(f"{name:22}  {value}")
         else:
             print(f"{name:22}  {value:>14,.4f}" if isinstance(value, float) else f"{name:22}  {value:>14,}")
+
+
+@contextlib.contextmanager
+def all_devices(axis: str) -> Iterator[Mesh]:
+    """Connects the processes of the job, and runs what is inside on a mesh with every device on `axis`.
+
+    Only the lead host prints.
+    """
+    from gptjax.parallel import hosts, mesh
+
+    hosts.initialize()
+    with contextlib.ExitStack() as stack:
+        if not hosts.is_lead():
+            logging.set_verbosity(logging.WARNING)
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield stack.enter_context(mesh.use(mesh.all_devices(axis)))
+
+
+def write_summary(path: str | None, summary: dict[str, Any]) -> None:
+    """Writes the file from the lead host, if there is to be one."""
+    from gptjax.parallel import hosts
+
+    if path and hosts.is_lead():
+        write_json(path, summary)
 
 
 def _parse(argv: list[str]) -> list[str]:

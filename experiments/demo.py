@@ -24,7 +24,8 @@ from typing import Any
 from absl import flags
 
 from experiments import common
-from experiments.stages import Stages, read_json
+from experiments.stages import Stages
+from gptjax.json_files import read_json, write_json
 from gptjax.train import metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
@@ -69,7 +70,7 @@ def _num_steps(workdir: Path, pretrain: list[str], stages: Stages) -> int:
         seconds = [row["step_seconds"] for row in metrics.read_metrics(trial) if "step_seconds" in row]
         # A median: a machine may be busy for a moment.
         num_steps = max(_TRIAL_STEPS, int(60 * minutes / statistics.median(seconds)))
-        metrics.write_json(path, {"train_minutes": minutes, "step_seconds": seconds, "num_steps": num_steps})
+        write_json(path, {"train_minutes": minutes, "step_seconds": seconds, "num_steps": num_steps})
         shutil.rmtree(trial)
     plan = read_json(path)
     if plan["train_minutes"] != minutes:
@@ -93,7 +94,7 @@ def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stag
     stages.add("pretrain", seconds=summary["train_wall_seconds"])
     summary["bits_per_byte"] = scores["bits_per_byte"] | _compressors(workdir / "data", stages)
     summary |= {"samples": samples["samples"], **stages.total()}
-    metrics.write_json(workdir / "summary.json", summary)
+    write_json(workdir / "summary.json", summary)
     leaves = jax.tree_util.tree_leaves_with_path(load(workdir).params)
     shapes = [(path_of(path), leaf.shape) for path, leaf in leaves]
     report.write(report.read(workdir, parameters=shapes), workdir / "report.html")
@@ -103,7 +104,6 @@ def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stag
 
 def _compressors(data: Path, stages: Stages) -> dict[str, float]:
     """What gzip, bz2 and xz need, xz also after the training text; measured once."""
-    from gptjax.data import writer
     from gptjax.data.store import open_store
     from gptjax.eval import baselines
 
@@ -111,7 +111,7 @@ def _compressors(data: Path, stages: Stages) -> dict[str, float]:
     if not path.exists():
         began = time.perf_counter()
         train, heldout = (baselines.text_of(open_store(data / part)) for part in ("train", "eval"))
-        writer.write_json(path, baselines.bits_per_byte(heldout, train=train))
+        write_json(path, baselines.bits_per_byte(heldout, train=train))
         stages.add("compressors", seconds=time.perf_counter() - began)
     return read_json(path)
 

@@ -4,7 +4,8 @@
     python -m experiments.evaluate --ckpt=runs/demo/ckpt/400 --data=novel.txt --stride=128
 
 --data is a token store, or anything that --source of experiments.prepare_data takes. Every token counts
-once; a smaller --stride gives it more context and costs more. Writes --out, or prints only.
+once; a smaller --stride gives it more context and costs more. Writes --out, or prints only. All devices of all
+hosts share parameters and windows; on several hosts, start it on each.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import pathlib
 import tempfile
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from experiments import common
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from gptjax.data.store import Store
     from gptjax.model import Model
 
@@ -26,7 +29,7 @@ _CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or ch
 _WORKDIR = flags.DEFINE_string("workdir", None, "As --ckpt; the summary goes to eval/summary.json in it.")
 _DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
 _STRIDE = flags.DEFINE_integer("stride", None, "Targets that each window adds; half of the context unless told.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once; rounded up to as many for each device.")
 _BASELINES = flags.DEFINE_bool("baselines", True, "Compress the same bytes with gzip, bz2 and xz.")
 _OUT = flags.DEFINE_string("out", None, "File for the summary, as JSON.")
 
@@ -35,22 +38,30 @@ def main() -> None:
     """Evaluates the checkpoint on --data."""
     if (_CKPT.value is None) == (_WORKDIR.value is None):
         raise ValueError("give one of --ckpt and --workdir")
+    with common.all_devices("fsdp") as mesh, tempfile.TemporaryDirectory() as scratch:
+        summary = _evaluate(mesh, pathlib.Path(scratch) / "store")
+        _print(summary)
+        common.write_summary(_OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/eval/summary.json"), summary)
+
+
+def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
     import gptjax
     from gptjax.data import loader
     from gptjax.eval import baselines, perplexity
-    from gptjax.train.metrics import write_json
+    from gptjax.parallel import hosts, rules
 
     model = gptjax.load(_CKPT.value or _WORKDIR.value)
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        store = _open(model, pathlib.Path(scratch) / "store")
-        stride = max(1, model.config.seq_len // 2) if _STRIDE.value is None else _STRIDE.value
-        batches = loader.eval_batches(store, batch_size=_BATCH_SIZE.value, seq_len=model.config.seq_len, stride=stride)
-        found = perplexity.evaluate(model.config, model.params, batches)
-        bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
-        if _BASELINES.value:
-            bits |= baselines.bits_per_byte(baselines.text_of(store))
-    summary = {
+    began, seq_len = time.perf_counter(), model.config.seq_len
+    stride = max(1, seq_len // 2) if _STRIDE.value is None else _STRIDE.value
+    store = _open(model, scratch)
+    rows = -(-_BATCH_SIZE.value // mesh.size) * mesh.size
+    host, num = hosts.row_group(rules.batch_sharding(mesh), (rows, seq_len))
+    batches = loader.eval_batches(store, batch_size=rows, seq_len=seq_len, stride=stride, host=host, num_hosts=num)
+    found = perplexity.evaluate(model.config, model.params, batches)
+    bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
+    if _BASELINES.value:
+        bits |= baselines.bits_per_byte(baselines.text_of(store))
+    return {
         "checkpoint": _CKPT.value or _WORKDIR.value,
         "step": model.meta.step,
         "data": _DATA.value,
@@ -63,11 +74,6 @@ def main() -> None:
         "bits_per_byte": bits,
         "wall_seconds": time.perf_counter() - began,
     }
-    rows = {key: value for key, value in summary.items() if key != "bits_per_byte"}
-    common.print_table(rows | {f"bits per byte, {name}": value for name, value in bits.items()})
-    out = _OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/eval/summary.json")
-    if out:
-        write_json(out, summary)
 
 
 def _open(model: Model, scratch: pathlib.Path) -> Store:
@@ -82,6 +88,11 @@ def _open(model: Model, scratch: pathlib.Path) -> Store:
         return store_lib.open_store(_DATA.value, fingerprint=model.tokenizer.fingerprint)
     text = source.open_source(_DATA.value)
     return writer.write_store(scratch, text.documents(), model.tokenizer, description=text.description)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    rows = {key: value for key, value in summary.items() if key != "bits_per_byte"}
+    common.print_table(rows | {f"bits per byte, {name}": value for name, value in summary["bits_per_byte"].items()})
 
 
 if __name__ == "__main__":

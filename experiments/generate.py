@@ -3,16 +3,17 @@
     python -m experiments.generate --ckpt=runs/demo --prompt='def read(path):' --temperature=0.8 --top_p=0.95
     echo 'import os' | python -m experiments.generate --ckpt=runs/demo --max_new_tokens=256
 
-Several --prompt flags are completed as one batch.
+Several --prompt flags are completed as one batch. All devices share each layer; on several hosts, start it on
+each with --prompt.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from absl import flags
+from absl import flags, logging
 
 from experiments import common
 
@@ -29,20 +30,16 @@ _MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens this likely relative
 _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Over 1 discourages tokens that occurred; 1 is off.")
 _STOP = flags.DEFINE_multi_string("stop", None, r"Text that ends a completion; repeatable. \n and \t are understood.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_OUT = flags.DEFINE_string("out", None, "Also write prompts, completions and speed there, as JSON.")
+_OUT = flags.DEFINE_string("out", None, "Also write prompts, completions and their time there, as JSON.")
 
 
 def main() -> None:
     """Completes the prompts."""
-    import gptjax
-    from gptjax.train.metrics import write_json
-
     if not _PROMPT.value and sys.stdin.isatty():
         print("Type a prompt, then Ctrl-D.", file=sys.stderr)
     prompts = _PROMPT.value or [sys.stdin.read()]
     if not _PROMPT.value and not prompts[0]:
         raise ValueError("no prompt: give --prompt or text on standard input")
-    model = gptjax.load(_CKPT.value)
     options = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
@@ -53,13 +50,26 @@ def main() -> None:
         "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in _STOP.value or ()],
         "seed": _SEED.value,
     }
+    with common.all_devices("tensor"):
+        common.write_summary(_OUT.value, _complete(prompts, options))
+
+
+def _complete(prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    import gptjax
+
+    model = gptjax.load(_CKPT.value)
+    logging.info("%s at step %d; %s", _CKPT.value, model.meta.step, options)
     began = time.perf_counter()
     completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
+    samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
     seconds = time.perf_counter() - began
-    if _OUT.value:
-        samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
-        summary = {"checkpoint": _CKPT.value, "options": options, "wall_seconds": seconds, "samples": samples}
-        write_json(_OUT.value, summary)
+    return {
+        "checkpoint": _CKPT.value,
+        "step": model.meta.step,
+        "options": options,
+        "wall_seconds": seconds,
+        "samples": samples,
+    }
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:

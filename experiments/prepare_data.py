@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import resource
 import time
 
 from absl import flags, logging
@@ -19,6 +18,8 @@ from experiments import common
 from gptjax import lock
 from gptjax.data import clean, source, store, tokenizer, writer
 from gptjax.data.progress import ProgressLine
+from gptjax.json_files import write_json
+from gptjax.process import peak_memory_bytes
 
 _SOURCE = flags.DEFINE_string("source", "stdlib", str(source.__doc__).partition("\n\n")[2])
 _OUT = flags.DEFINE_string("out", None, "Directory to write.", required=True)
@@ -56,8 +57,8 @@ def _prepare(out: pathlib.Path, text: source.Source) -> None:
         summary[part] = counts = _write_part(part, out / part, text, pieces)
         common.print_table({f"{part} {name}": value for name, value in counts.items()})
     summary["seconds"] = round(time.perf_counter() - began, 2)
-    summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    writer.write_json(out / "summary.json", summary)
+    summary["peak_memory_bytes"] = peak_memory_bytes()
+    write_json(out / "summary.json", summary)
 
 
 def _write_part(

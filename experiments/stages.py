@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import resource
 import shlex
 import signal
@@ -14,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 from experiments import common
-from gptjax.data import writer
+from gptjax.json_files import read_json, write_json
 from gptjax.kernels import cpu
+from gptjax.process import peak_memory_bytes
 
 
 class Stages:
@@ -50,14 +50,14 @@ class Stages:
             hint = "" if status == common.FAILED else "; start the same command again to go on"
             print(f"{name} ended with status {status}{hint}", file=sys.stderr)
             sys.exit(status if status > 0 else 128 - status)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        peak = peak_memory_bytes(resource.RUSAGE_CHILDREN)
         self.add(label or name, seconds=time.perf_counter() - began, peak_memory_bytes=peak)
 
     def add(self, name: str, **costs: float) -> None:
         """Notes costs of a stage; of two notes the larger stays."""
         known = self._costs.get(name, {})
         self._costs[name] = known | {key: max(value, known.get(key, 0.0)) for key, value in costs.items()}
-        writer.write_json(self._path, self._costs)
+        write_json(self._path, self._costs)
 
     def total(self) -> dict[str, float]:
         """Of all stages: the sum of their `wall_seconds`, and the largest `peak_memory_bytes`."""
@@ -65,14 +65,6 @@ class Stages:
             "wall_seconds": sum(costs.get("seconds", 0.0) for costs in self._costs.values()),
             "peak_memory_bytes": max(costs.get("peak_memory_bytes", 0) for costs in self._costs.values()),
         }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete it to have it made again") from error
 
 
 def _take(lock: TextIO) -> None:

@@ -21,6 +21,7 @@ from gptjax.infer.layout import for_decoding
 from gptjax.infer.sampling import SamplingConfig
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
+from gptjax.parallel import rules
 from gptjax.types import Array, Params
 
 
@@ -42,20 +43,9 @@ class Model:
         """Float32 logits `[B, T, V]` of the token that follows each prefix of `tokens` `[B, T]`.
 
         Raises:
-          ValueError: for another shape, tokens out of the vocabulary, or more than learned positions.
+          ValueError: for tokens that are none of this model's; see `checked_tokens`.
         """
-        tokens_BT = np.asarray(tokens)
-        if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
-            raise ValueError(
-                f"tokens: expected integers of shape [B, T], got {tokens_BT.dtype} {list(tokens_BT.shape)}; "
-                "one sequence is [tokens]"
-            )
-        low, high = tokens_BT.min(), tokens_BT.max()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(f"tokens: {low} to {high} do not fit the model's vocab_size={self.config.vocab_size}")
-        if self.config.learned_positions and tokens_BT.shape[1] > self.config.seq_len:
-            raise ValueError(f"tokens: {tokens_BT.shape[1]} positions exceed the learned ones, {self.config.seq_len=}")
-        return _logits(self.config, self.params, tokens_BT.astype(np.int32))
+        return _logits(self.config, self.params, checked_tokens(self.config, tokens))
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -141,11 +131,32 @@ class Model:
         return self.tokenizer
 
 
+def checked_tokens(config: ModelConfig, tokens: Any) -> np.ndarray:
+    """`tokens` as int32 `[B, T]`.
+
+    Raises:
+      ValueError: for another shape, tokens out of the vocabulary, or more than learned positions.
+    """
+    tokens_BT = np.asarray(tokens)
+    if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
+        raise ValueError(
+            f"tokens: expected integers of shape [B, T], got {tokens_BT.dtype} {list(tokens_BT.shape)}; "
+            "one sequence is [tokens]"
+        )
+    low, high = tokens_BT.min(), tokens_BT.max()
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(f"tokens: {low} to {high} do not fit the model's vocab_size={config.vocab_size}")
+    if config.learned_positions and tokens_BT.shape[1] > config.seq_len:
+        raise ValueError(f"tokens: {tokens_BT.shape[1]} positions exceed the learned ones, seq_len={config.seq_len}")
+    return tokens_BT.astype(np.int32)
+
+
 def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Model:
     """Reads a model from a workdir (its newest checkpoint) or a checkpoint directory, local or gs://.
 
     Args:
-      shardings: where parameters go; None is the first device. See `checkpoint.store.restore_params`.
+      shardings: where parameters go; None is the first device or, on a mesh in use, where the partitioning
+        rules put them. See `checkpoint.store.restore_params`.
       dtype: of floating-point parameters; None keeps the stored one.
 
     Raises:
@@ -153,6 +164,10 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> M
         the one that it was trained with.
     """
     directory = store.find(path)
+    if shardings is None and rules.current_mesh() is not None:
+        model = store.read_meta(directory).model
+        shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
+        shardings = rules.tree_shardings(jax.sharding.get_mesh(), axes, shapes)
     meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype)
     tokenizer = _tokenizer(store.read_assets(directory), meta, str(directory))
     return Model(meta.model, params, tokenizer, meta)

@@ -6,26 +6,16 @@ reaches the processes that tests start.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from pathlib import Path
 
 import pytest
 from etils import epath
 
+from experiments import compilation_cache
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
-
-
-def _machine() -> str:
-    """A name for this kind of processor: compiled CPU code of one may not run on another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def _set_environment() -> None:
@@ -37,8 +27,7 @@ def _set_environment() -> None:
         os.environ["XLA_FLAGS"] = flags
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" / "jax" / _machine()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache.directory()))
     # Tests compile thousands of small programs, below JAX's thresholds for being worth storing.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -1,5 +1,6 @@
 """`gptjax.load` and the entry points that stand on it, with a checkpoint written by the store."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,27 +15,18 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.nn import transformer
-from gptjax.nn.spec import ModelSpec
+from gptjax.parallel import mesh as mesh_lib
+from tests.tiny import TINY, random_params
 
-SPEC = ModelSpec(
-    vocab_size=384, seq_len=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32,
-    activation="swiglu", position="rope", rope_theta=100.0, tie_embeddings=True, dtype="float32", remat="none",
-)  # fmt: skip
-CFG = SPEC.build()
+CFG = dataclasses.replace(TINY, vocab_size=384, seq_len=64, num_heads=2).build()
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER = tokenizer_lib.byte_level()
-
-
-def random_params(seed):
-    rng = np.random.default_rng(seed)
-    shapes = transformer.abstract_params(CFG)
-    return jax.tree.map(lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape, scale=0.4), leaf.dtype), shapes)
 
 
 def save(path, step, *, assets, fingerprint=TOKENIZER.fingerprint):
     store = CheckpointStore(path, keep_last=0)
     meta = meta_lib.make(CFG, step=step, tokenizer=fingerprint)
-    store.save(step, meta=meta, params=random_params(step), assets=assets)
+    store.save(step, meta=meta, params=random_params(CFG, seed=step), assets=assets)
     store.close()
 
 
@@ -53,19 +45,30 @@ def model(workdir):
 
 def test_workdir_is_its_newest_checkpoint_and_a_checkpoint_is_itself(workdir, model):
     assert model.config == CFG and model.meta.step == 10 and model.tokenizer.fingerprint == TOKENIZER.fingerprint
-    jax.tree.map(np.testing.assert_array_equal, model.params, random_params(10))
+    jax.tree.map(np.testing.assert_array_equal, model.params, random_params(CFG, seed=10))
     older = gptjax.load(workdir / "ckpt" / "5")
     assert older.meta.step == 5
-    jax.tree.map(np.testing.assert_array_equal, older.params, random_params(5))
+    jax.tree.map(np.testing.assert_array_equal, older.params, random_params(CFG, seed=5))
 
 
 def test_logits_are_those_of_the_transformer(model):
     tokens = np.arange(24).reshape(2, 12) % 256
     got = model.logits(tokens)
-    hidden = transformer.forward(CFG, random_params(10), tokens).hidden_BTD
+    params = random_params(CFG, seed=10)
+    hidden = transformer.forward(CFG, params, tokens).hidden_BTD
     assert got.shape == (2, 12, 384) and got.dtype == np.float32
-    np.testing.assert_allclose(got, transformer.logits(CFG, random_params(10), hidden), atol=1e-5)
+    np.testing.assert_allclose(got, transformer.logits(CFG, params, hidden), atol=1e-5)
     np.testing.assert_allclose(model.logits(tokens.tolist()), got)
+
+
+def test_on_a_mesh_parameters_are_read_where_the_rules_put_them(workdir, model):
+    tokens = np.arange(24).reshape(2, 12)
+    with mesh_lib.use(mesh_lib.all_devices("fsdp")):
+        spread = gptjax.load(workdir)
+        table = spread.params["embed"]["tokens"]
+        assert table.sharding.shard_shape(table.shape) == (384, 16 // 8)
+        logits = np.asarray(spread.logits(tokens))
+    np.testing.assert_allclose(logits, model.logits(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [[1, 2], [[]], [[1.5]], [[-1]], [[384]]])

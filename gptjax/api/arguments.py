@@ -42,8 +42,8 @@ class TrainingArguments:
       num_train_epochs: passes over the training set; the last step has what is left of it.
       max_steps: optimizer steps; above 0 it overrides `num_train_epochs`.
       warmup_steps, warmup_ratio: steps until `learning_rate` is reached, or their share of all steps.
-      lr_scheduler_type: what follows: linear, cosine, constant (or constant_with_warmup), inverse_sqrt,
-        warmup_stable_decay; see `optim.schedule`.
+      lr_scheduler_type: what follows: linear, cosine, constant (or constant_with_warmup), inverse_sqrt (which
+        needs a warmup), warmup_stable_decay (the last fifth decays); see `optim.schedule`.
       optim: adamw, adafactor, lion or muon.
       max_grad_norm: gradients are scaled down to it; 0 leaves them as they are.
       logging_steps: steps between lines of figures.
@@ -119,12 +119,17 @@ class TrainingArguments:
         """
         if self.lr_scheduler_type not in _SCHEDULES:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: expected one of {', '.join(_SCHEDULES)}")
+        warmup_steps = self.warmup_steps or math.ceil(self.warmup_ratio * num_steps)
+        if self.lr_scheduler_type == "inverse_sqrt" and not warmup_steps:
+            # It would fall to half within four steps.
+            raise ValueError("lr_scheduler_type='inverse_sqrt' needs warmup_steps or warmup_ratio: it falls from there")
         values = dict(
             name=self.optim,
             learning_rate=self.learning_rate,
             schedule=_SCHEDULES[self.lr_scheduler_type],
-            warmup_steps=self.warmup_steps or math.ceil(self.warmup_ratio * num_steps),
+            warmup_steps=warmup_steps,
             final_lr_scale=0.0,
+            decay_fraction=0.2 if self.lr_scheduler_type == "warmup_stable_decay" else 0.0,
             weight_decay=self.weight_decay,
             clip_norm=self.max_grad_norm or None,
             b1=self.adam_beta1,

@@ -19,7 +19,7 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint import store
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
-from gptjax.model import Model, load
+from gptjax.model import Model, checked_tokens, load
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.spec import ModelSpec
@@ -42,6 +42,7 @@ class GPT4LMHeadModel:
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
+        self._made: Model | None = None
 
     @classmethod
     def from_config(cls, config: str | ModelSpec | ModelConfig, *, seed: int = 0, **changes: Any) -> GPT4LMHeadModel:
@@ -103,9 +104,12 @@ class GPT4LMHeadModel:
           attention_mask: the same shape; 0 marks padding, which is to be on the right.
           labels: the same shape; -100 is left out. A causal model predicts each from the positions
             before it, as transformers does, so `labels=input_ids` is its language-modelling loss.
+
+        Raises:
+          ValueError: for tokens that are none of this model's.
         """
-        tokens_BT = _rows(input_ids)
-        mask_BT = jnp.ones_like(tokens_BT) if attention_mask is None else _rows(attention_mask)
+        tokens_BT = checked_tokens(self.config, np.atleast_2d(np.asarray(input_ids)))
+        mask_BT = np.ones_like(tokens_BT) if attention_mask is None else _rows(attention_mask)
         logits_BTV = _logits(self.config, self.params, tokens_BT, mask_BT)
         if labels is None:
             return LMOutput(None, logits_BTV)
@@ -122,9 +126,16 @@ class GPT4LMHeadModel:
           options: the others of `gptjax.Model.options`: temperature, top_k, top_p, seed and so on.
         """
         prompts = _prompts(input_ids)
-        model = Model(self.config, self.params, self.tokenizer.inner if self.tokenizer else None)
-        completions = model.complete(prompts, max_new_tokens=max_new_tokens, **options)
+        completions = self._generator().complete(prompts, max_new_tokens=max_new_tokens, **options)
         return [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def _generator(self) -> Model:
+        """One for as long as the parameters are these: it keeps them laid out for decoding."""
+        inner = self.tokenizer.inner if self.tokenizer else None
+        made = self._made
+        if made is None or made.params is not self.params or (made.config, made.tokenizer) != (self.config, inner):
+            made = self._made = Model(self.config, self.params, inner)
+        return made
 
     def num_parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))

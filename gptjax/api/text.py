@@ -47,8 +47,10 @@ class GPT4Tokenizer:
         return cls(tokenizer.train_bpe((read_text(path) for path in files), vocab_size))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / tokenizer.FILE_NAME).write_bytes(self.inner.to_bytes())
+        """Raises:
+        ValueError: if another tokenizer is there.
+        """
+        tokenizer.save(self.inner, Path(directory) / tokenizer.FILE_NAME)
 
     def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
         """`{"input_ids": ids}` of a text, or a list of ids for each of several."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,16 @@ from gptjax.eval import perplexity
 from gptjax.nn import transformer
 from gptjax.optim import build
 from gptjax.parallel import hosts, rules
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel import mesh as mesh_lib
 from gptjax.train import hooks, loop, setup
 from gptjax.train import state as state_lib
-from gptjax.train.evaluate import evaluator
+from gptjax.train.evaluate import EvaluateFn, evaluator
 from gptjax.train.metrics import MetricsWriter
+from gptjax.train.resume import resume
 from gptjax.train.state import TrainState
 from gptjax.types import Batch, Params
 
-_ALL_DEVICES = MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1)
+_ALL_DEVICES = mesh_lib.all_devices("data")
 
 
 class TrainOutput(NamedTuple):
@@ -69,6 +71,8 @@ class Trainer:
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        if args.eval_strategy != "no":
+            _required(eval_dataset, f"eval_dataset, for eval_strategy={args.eval_strategy!r}")
         model.tokenizer = tokenizer
         model.config = self.data_collator.model_config(model.config)
         if args.bf16:
@@ -79,14 +83,20 @@ class Trainer:
         """Trains to the end of the epochs or steps asked for; checkpoints go to `output_dir`.
 
         Args:
-          resume_from_checkpoint: goes on from the newest checkpoint in `output_dir`.
+          resume_from_checkpoint: goes on from the newest checkpoint in `output_dir`, if there is one; never
+            from one elsewhere.
 
         Raises:
           ValueError: if there is no data, `output_dir` has a run that is not to be resumed, or training diverges.
         """
+        if not isinstance(resume_from_checkpoint, bool):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: expected True or False, for the newest checkpoint "
+                f"of output_dir; to start from another, give the Trainer a model that from_pretrained read"
+            )
         args, dataset = self.args, _required(self.train_dataset, "train_dataset")
         num_rows = args.num_rows(len(dataset))
-        with self._mesh() as mesh, contextlib.closing(self._store(resume_from_checkpoint)) as store:
+        with mesh_lib.use(_ALL_DEVICES) as mesh, contextlib.closing(self._store(resume_from_checkpoint)) as store:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size
             num_steps = args.max_steps if num_rows is None else math.ceil(num_rows / batch_size)
             steps_per_epoch = math.ceil(len(dataset) / batch_size)
@@ -108,7 +118,7 @@ class Trainer:
 
     def evaluate(self, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
         """`eval_loss` (nats per target), `eval_perplexity` and `eval_accuracy` over every target of the set."""
-        with self._mesh() as mesh:
+        with mesh_lib.use(_ALL_DEVICES) as mesh:
             return self._evaluate(jax.device_put(self.model.params, rules.replicated(mesh)), eval_dataset)
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
@@ -117,15 +127,16 @@ class Trainer:
 
     def _evaluate(self, params: Params, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
         dataset = _required(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
-        evaluate = evaluator(
-            self.data_collator.objective(self.model.config), self._eval_batches(dataset), seed=self.args.seed
-        )
-        figures = evaluate(params)
+        figures = self._evaluator(params, self._eval_batches(dataset))
         return {
             "eval_loss": figures["loss"],
             "eval_perplexity": perplexity.perplexity(figures["loss"], 1.0),
             "eval_accuracy": figures["accuracy"],
         }
+
+    @functools.cached_property
+    def _evaluator(self) -> EvaluateFn:
+        return evaluator(self.data_collator.objective(self.model.config), seed=self.args.seed)
 
     def _eval_batches(self, dataset: Sequence[Any]) -> Iterator[Batch]:
         mesh = jax.sharding.get_mesh()
@@ -133,12 +144,6 @@ class Trainer:
         for start in range(0, len(dataset), size):
             rows = [dataset[i] if i < len(dataset) else () for i in range(start, start + size)]
             yield self._to_devices(mesh, rows, length)
-
-    @contextlib.contextmanager
-    def _mesh(self) -> Iterator[Mesh]:
-        mesh = make_mesh(_ALL_DEVICES)
-        with jax.set_mesh(mesh), rules.use(_ALL_DEVICES.rules):
-            yield mesh
 
     def _store(self, resume: bool) -> CheckpointStore:
         store = CheckpointStore(self.args.output_dir, keep_last=self.args.save_total_limit or 0)
@@ -173,12 +178,10 @@ class Trainer:
             # A copy: the loop takes over the buffers of its state, and these are the user's.
             params = jax.device_put(self.model.params, shardings.params, may_alias=False)
             return optimizer, state_lib.from_params(params, optimizer.tx, shardings=shardings)
-        wanted = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        found = resume(
+            store, newest, shapes=abstract, shardings=shardings, model=config, tokenizer=self.tokenizer.inner
         )
-        found = store.restore(newest, params=wanted.params, opt_state=wanted.opt_state, model=config)
-        count = jax.device_put(jax.numpy.asarray(newest, jax.numpy.int32), shardings.step)
-        return optimizer, TrainState(step=count, params=found.params, opt_state=found.opt_state, extra={})
+        return optimizer, found.state
 
     def _hooks(
         self, store: CheckpointStore, num_steps: int, *, start_step: int, steps_per_epoch: int
@@ -191,8 +194,10 @@ class Trainer:
             store.save(step, meta=meta, params=state.params, opt_state=state.opt_state, assets=assets)
 
         chosen: list[hooks.Hook] = [
-            hooks.ProgressLine(num_steps=num_steps), MetricsWriter(args.output_dir, start_step=start_step)
-        ]  # fmt: skip
+            # A notebook is no terminal, and shows no log lines.
+            hooks.ProgressLine(num_steps=num_steps, log_fn=print),
+            MetricsWriter(args.output_dir, start_step=start_step),
+        ]
         eval_every = args.eval_every(steps_per_epoch)
         if eval_every is not None:
             chosen.append(hooks.Evaluation(lambda state: self._evaluate(state.params), every=eval_every))

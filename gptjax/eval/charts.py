@@ -43,13 +43,9 @@ class Bar:
     style: str
 
 
-def line_chart(
-    series: Sequence[Series], *, format_y: Callable[[float], str], log_y: bool = False
-) -> str:
+def line_chart(series: Sequence[Series], *, format_y: Callable[[float], str], log_y: bool = False) -> str:
     """Lines over a common x axis. Values that are not finite (or, on a log axis, not positive) leave a gap."""
-    drawn = [
-        (s, [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log_y)]) for s in series
-    ]
+    drawn = [(s, [(x, y) for x, y in s.points if math.isfinite(y) and (y > 0 or not log_y)]) for s in series]
     drawn = [(s, downsample(points, _MAX_POINTS)) for s, points in drawn if points]
     if not drawn:
         return '<p class="empty">nothing recorded</p>'
@@ -76,9 +72,9 @@ def bar_chart(bars: Sequence[Bar], *, format_value: Callable[[float], str]) -> s
     for i, bar in enumerate(bars):
         middle, length = row * (i + 0.5), max(bar.value * scale, 1.0)
         parts.append(
-            f'{_text("bar-name", left - 12, middle + 5, html.escape(bar.name), anchor="end")}'
+            f"{_text('bar-name', left - 12, middle + 5, html.escape(bar.name), anchor='end')}"
             f'<rect class="bar {bar.style}" x="{left}" y="{middle - 14:.1f}" width="{length:.1f}" height="28" rx="5"/>'
-            f'{_text("bar-value", left + length + 9, middle + 5, format_value(bar.value), anchor="start")}'
+            f"{_text('bar-value', left + length + 9, middle + 5, format_value(bar.value), anchor='start')}"
         )
     label = html.escape(", ".join(f"{bar.name} {format_value(bar.value)}" for bar in bars))
     return f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -123,11 +119,11 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Round values inside `[low, high]`, at most about seven, for a logarithmic axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), tuple(1 + i / 10 for i in range(90))):
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8), range(1, 10)):
         values = [m * 10.0**p for p in powers for m in mantissas if low <= m * 10.0**p <= high]
         if len(values) >= 4:
-            break
-    return values[:: max(1, math.ceil(len(values) / 8))] or [low]
+            return values[:: max(1, math.ceil(len(values) / 8))]
+    return ticks(low, high, 5)
 
 
 class _Axes:

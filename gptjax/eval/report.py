@@ -19,6 +19,7 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax.eval import charts
+from gptjax.json_files import read_json
 from gptjax.train.metrics import read_metrics
 
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
@@ -71,7 +72,7 @@ def read(workdir: epath.PathLike, *, parameters: Sequence[tuple[str, tuple[int, 
     metrics = read_metrics(workdir)
     if not metrics:
         raise ValueError(f"{workdir}/metrics.jsonl: no figures to report; is {workdir} the directory of a run?")
-    summary, config = _read_json(workdir / "summary.json"), _read_json(workdir / "config.json")
+    summary, config = read_json(workdir / "summary.json"), read_json(workdir / "config.json")
     samples = [
         Sample(prompt=str(s.get("prompt", "")), completion=str(s.get("completion", "")))
         for s in summary.get("samples", [])
@@ -217,10 +218,6 @@ def _config_group(section: str, items: Sequence[tuple[str, Any]]) -> str:
 
 def _points(metrics: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(float(row["step"]), float(row[key])) for row in metrics if row.get(key) is not None]
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _by_step(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

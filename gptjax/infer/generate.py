@@ -28,7 +28,7 @@ FinishReason = Literal["eos", "stop", "length"]
 # Tokens between looks of the host: streamed text comes in pieces of this many.
 BLOCK_TOKENS = 8
 _MIN_BUCKET = 16
-_CACHE_BUCKET = 64
+_MIN_BUFFER_STEP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not -(2**31) <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed}: expected a number of 32 bits")
         for name in ("max_new_tokens", "vocab_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: expected 0 to {2**31 - 1}")
 
 
 class Completion(NamedTuple):
@@ -158,8 +158,8 @@ class _Run:
             self._sampling,
             self._eos_ids,
             np.int32(config.seed),
-            cache_len=_round_up(int(max(lengths)) + config.max_new_tokens, _CACHE_BUCKET),
-            buffer_len=_round_up(config.max_new_tokens, _CACHE_BUCKET),
+            cache_len=_buffer_len(int(max(lengths)) + config.max_new_tokens),
+            buffer_len=_buffer_len(config.max_new_tokens),
         )
 
     def advance(self, num_tokens: int, rows: Sequence[_Row]) -> None:
@@ -265,5 +265,7 @@ def _bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (int(length) - 1).bit_length())
 
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _buffer_len(length: int) -> int:
+    """`length` rounded up by at most a quarter, or 63 slots: few programs, and little to read past the end."""
+    step = max(_MIN_BUFFER_STEP, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step

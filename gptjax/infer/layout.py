@@ -1,4 +1,4 @@
-"""Parameters laid out for decoding: every layer's weights apart, in the compute dtype."""
+"""A model laid out for decoding: every layer's weights apart, in the compute dtype; experts without a limit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 import jax
 
-from gptjax.nn.config import LayerGroup, ModelConfig
+from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig, MoEConfig
 from gptjax.nn.linear import compute_dtype
 from gptjax.parallel.mesh import platform
 from gptjax.types import Array, Params
 
 
 def for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with one group a layer and its products' weights in the compute dtype.
+    """The same model with one group a layer, its products' weights in the compute dtype, and no token dropped.
+
+    Experts take all their tokens: a capacity is counted over the tokens of a call, so what a row drops would
+    depend on the length of its neighbours and on how its own tokens are divided into calls.
 
     A token's time is that of reading the weights. A stacked kernel would be copied out of its
     stack before every product, and a float32 one converted, which costs as much again. What is
@@ -48,9 +51,16 @@ def _lay_out(cfg: ModelConfig, params: Params) -> Params:
 
 def _split(group: LayerGroup) -> list[LayerGroup]:
     """A group for each repeat; layers that share one set of weights stay together."""
+    group = dataclasses.replace(group, pattern=tuple(map(_dropless, group.pattern)))
     if group.shared or group.repeats == 1:
         return [group]
     return [dataclasses.replace(group, repeats=1)] * group.repeats
+
+
+def _dropless(block: BlockConfig) -> BlockConfig:
+    if not isinstance(block.mlp, MoEConfig) or block.mlp.capacity_factor is None:
+        return block
+    return dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, capacity_factor=None))
 
 
 def _layer(stacked: Array, *, index: int) -> Array:

@@ -31,7 +31,7 @@ class TextStream:
     def __init__(self, decode: DecodeFn, *, stop: Sequence[str] = (), prompt: Sequence[int] = ()):
         """Args:
         decode: `Tokenizer.decode`.
-        stop: strings that end the completion and are not part of it.
+        stop: strings that end the completion and are not part of it; of several, the one that is complete first.
         prompt: tokens before the completion: context for decoding, not part of the text.
         """
         if "" in stop:
@@ -74,10 +74,11 @@ class TextStream:
 
     def _release(self, piece: str, *, at_end: bool) -> str:
         self._held += piece
-        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        # The one that is complete first, whatever else the same piece completes: pieces must not matter.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            out, self._held = self._held[: min(found)[1]], ""
         else:
             keep = 0 if at_end else _possible_stop(self._held, self._stop)
             split = len(self._held) - keep

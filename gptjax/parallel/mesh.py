@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+
+from gptjax.parallel import rules
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -78,6 +81,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def use(config: MeshConfig) -> Iterator[Mesh]:
+    """Traces and runs what is inside on the mesh of `config`, under its partitioning rules."""
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh), rules.use(config.rules):
+        yield mesh
+
+
+def all_devices(axis: str) -> MeshConfig:
+    """A mesh that has every device on one axis."""
+    return MeshConfig(**(dict.fromkeys(AXES, 1) | {axis: -1}))
 
 
 def _multislice_grid(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,10 @@ from absl import logging
 from gptjax.train.state import TrainState
 
 Values = Mapping[str, float]
+
+
+def _log(text: str) -> None:
+    logging.info("%s", text)
 
 
 class Hook:
@@ -49,11 +54,15 @@ class Hook:
 class ProgressLine(Hook):
     """Step of total, loss, gradient norm, learning rate, tokens/s, MFU and time left.
 
-    On a terminal it is one live line; elsewhere a log line each time.
+    On a terminal it is one live line, cut to its width; elsewhere a line each time.
+
+    Args:
+      log_fn: takes the lines that go elsewhere.
     """
 
-    def __init__(self, *, num_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, *, num_steps: int, stream: TextIO | None = None, log_fn: Callable[[str], None] = _log) -> None:
         self._num_steps = num_steps
+        self._log_fn = log_fn
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._open = False
@@ -62,10 +71,11 @@ class ProgressLine(Hook):
         if "loss" not in values:
             self._line(evaluation_text(step, values))
             return
-        text = progress_text(step, self._num_steps, values)
         if not self._live:
-            logging.info("%s", text)
+            self._log_fn(progress_text(step, self._num_steps, values))
             return
+        # One column stays free: some terminals wrap after the last one, and a wrapped line cannot be erased.
+        text = progress_text(step, self._num_steps, values, width=_columns(self._stream) - 1)
         # Carriage return and "erase line": a shorter text leaves no tail of the longer one before.
         self._stream.write(f"\r\x1b[2K{text}")
         self._stream.flush()
@@ -79,27 +89,34 @@ class ProgressLine(Hook):
 
     def _line(self, text: str) -> None:
         if not self._live:
-            logging.info("%s", text)
+            self._log_fn(text)
             return
         self._stream.write(f"\r\x1b[2K{text}\n")
         self._stream.flush()
         self._open = False
 
 
-def progress_text(step: int, num_steps: int, values: Values) -> str:
-    """The progress line's text; figures that are not known yet are left out."""
-    parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}", f"loss {values['loss']:.4f}"]
+def progress_text(step: int, num_steps: int, values: Values, *, width: int | None = None) -> str:
+    """The progress line's text; figures that are not known yet are left out, and those that find no room.
+
+    Args:
+      width: columns that it may take; None is no limit.
+    """
+    parts = {"step": f"step {step:>{len(str(num_steps))}}/{num_steps}", "loss": f"loss {values['loss']:.4f}"}
     if "grad_norm" in values:
-        parts.append(f"grad {values['grad_norm']:.3g}")
+        parts["grad"] = f"grad {values['grad_norm']:.3g}"
     if "learning_rate" in values:
-        parts.append(f"lr {values['learning_rate']:.2e}")
+        parts["lr"] = f"lr {values['learning_rate']:.2e}"
     if "tokens_per_second" in values:
-        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+        parts["speed"] = f"{values['tokens_per_second']:,.0f} tok/s"
     if "mfu" in values:
-        parts.append(f"MFU {100 * values['mfu']:.1f} %")
+        parts["mfu"] = f"MFU {100 * values['mfu']:.1f} %"
     if "step_seconds" in values:
-        parts.append(f"ETA {_clock_text((num_steps - step) * values['step_seconds'])}")
-    return "  ".join(parts)
+        parts["eta"] = f"ETA {_clock_text((num_steps - step) * values['step_seconds'])}"
+    for name in ("lr", "grad", "mfu", "speed", "eta"):
+        if width is not None and len("  ".join(parts.values())) > width:
+            parts.pop(name, None)
+    return "  ".join(parts.values())[:width]
 
 
 def evaluation_text(step: int, values: Values) -> str:
@@ -108,11 +125,9 @@ def evaluation_text(step: int, values: Values) -> str:
 
 
 class Profiler(Hook):
-    """Records a `jax.profiler` trace of the steps `first` to `last`, both included."""
+    """Records a `jax.profiler` trace of the steps `first` to `last`, both included, and of no other."""
 
     def __init__(self, directory: str, *, first: int, last: int) -> None:
-        if not 1 <= first <= last:
-            raise ValueError(f"profile_steps=({first}, {last}): expected 1 <= first <= last")
         self._directory = directory
         self._first, self._last = first, last
         self._recording = False
@@ -123,12 +138,13 @@ class Profiler(Hook):
             self._recording = True
 
     def wants_state(self, step: int) -> bool:
-        return self._recording and step == self._last
+        # The device may still be at work on the step before the window when the host is past it.
+        return step == self._first - 1 or (self._recording and step == self._last)
 
     def on_state(self, step: int, state: TrainState) -> Values:
-        del step
         jax.block_until_ready(state.params)
-        self.close()
+        if step == self._last:
+            self.close()
         return {}
 
     def close(self) -> None:
@@ -199,6 +215,14 @@ class Checkpoints(Hook):
 
     def close(self) -> None:
         self._wait()
+
+
+def _columns(stream: TextIO) -> int:
+    """Of the terminal now, as it may have been resized; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def _clock_text(seconds: float) -> str:

@@ -54,15 +54,6 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return _lines(epath.Path(workdir) / "metrics.jsonl")
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
-
-
 class _LocalLines:
     """Each line is handed to the operating system at once, so that a killed process loses none."""
 

@@ -9,9 +9,8 @@ on as many devices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from gptjax import config as config_lib
-from gptjax import lock
+from gptjax import lock, process
 from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
@@ -31,10 +30,11 @@ from gptjax.data import loader
 from gptjax.data import store as store_lib
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.json_files import read_json, write_json
 from gptjax.nn import cost, transformer
 from gptjax.optim import ema
 from gptjax.parallel import hosts, rules
-from gptjax.parallel.mesh import make_mesh
+from gptjax.parallel import mesh as mesh_lib
 from gptjax.train import hooks as hooks_lib
 from gptjax.train import inventory, workdir
 from gptjax.train import setup as setup_lib
@@ -42,7 +42,8 @@ from gptjax.train import state as state_lib
 from gptjax.train.evaluate import evaluator
 from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
-from gptjax.train.metrics import MetricsWriter, write_json
+from gptjax.train.metrics import MetricsWriter, read_metrics
+from gptjax.train.resume import resume
 from gptjax.train.setup import RunConfig, Setup, TrainConfig
 from gptjax.train.state import TrainState
 from gptjax.train.throughput import Throughput
@@ -61,8 +62,7 @@ def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
     """
     path = directory.absolute(path)
     tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
-    mesh = make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh), rules.use(cfg.mesh.rules):
+    with mesh_lib.use(cfg.mesh) as mesh:
         setup = setup_lib.make(cfg, mesh, tokenizer)
         setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
         data = _open_data(cfg, tokenizer)
@@ -120,7 +120,7 @@ def _train(
         if summary is not None:
             logging.info("%s: finished already, at step %d of %d.", path, latest, cfg.train.num_steps)
             return summary
-        state = _restore(store, latest, setup, meta, account)
+        state = _restore(store, latest, setup, tokenizer, account)
         logging.info("Going on from step %d of %d.", latest, cfg.train.num_steps)
     throughput = Throughput(
         flops_per_token=cost.flops_per_token(setup.model, cfg.model.seq_len).train,
@@ -138,7 +138,7 @@ def _train(
         hooks=_hooks(cfg, path, setup, data, tokenizer, store, meta, account, latest or 0),
         throughput=throughput,
     )
-    summary = _summary(cfg, setup, result, account, throughput)
+    summary = _summary(cfg, path, setup, result, account, throughput)
     if hosts.is_lead():
         write_json(path / SUMMARY_FILE, summary)
     return summary
@@ -146,12 +146,12 @@ def _train(
 
 def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] | None:
     """The summary of a run with nothing left to do; None if it was killed before writing one."""
-    if latest < cfg.train.num_steps or not (path / SUMMARY_FILE).exists():
+    if latest < cfg.train.num_steps:
         return None
     try:
-        summary = json.loads((path / SUMMARY_FILE).read_text())
-        return summary if summary["step"] == latest else None
-    except (ValueError, TypeError, KeyError):
+        summary = read_json(path / SUMMARY_FILE)
+        return summary if summary.get("step") == latest else None
+    except (ValueError, AttributeError):
         logging.warning("%s: is damaged; it is written again.", path / SUMMARY_FILE)
         return None
 
@@ -178,18 +178,8 @@ class Account(Hook):
         self.tokens, self._wall_before = data["train_tokens"], data["wall_seconds"]
 
 
-def _restore(store: CheckpointStore, step: int, setup: Setup, meta: Meta, account: Account) -> TrainState:
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        setup.shapes,
-        setup.shardings,
-    )
-    found = store.restore(step, params=wanted.params, opt_state=wanted.opt_state, extra=wanted.extra, model=setup.model)
-    if found.meta.tokenizer != meta.tokenizer:
-        raise ValueError(
-            f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, "
-            f"but data.tokenizer is {meta.tokenizer[:12]}; give the one that the run was started with"
-        )
+def _restore(store: CheckpointStore, step: int, setup: Setup, tokenizer: Tokenizer, account: Account) -> TrainState:
+    found = resume(store, step, shapes=setup.shapes, shardings=setup.shardings, model=setup.model, tokenizer=tokenizer)
     lacking = account.to_json().keys() - found.data.keys()
     if lacking:
         raise ValueError(
@@ -197,8 +187,7 @@ def _restore(store: CheckpointStore, step: int, setup: Setup, meta: Meta, accoun
             "or choose another workdir if this is not a checkpoint of a pretraining run"
         )
     account.restore(found.data)
-    step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), setup.shardings.step)
-    return TrainState(step=step_array, params=found.params, opt_state=found.opt_state, extra=found.extra)
+    return found.state
 
 
 def _hooks(
@@ -240,11 +229,10 @@ def _hooks(
 
 def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches) -> Hook:
     """Evaluates the parameters and, where the optimizer keeps one, their average."""
-    evaluate = evaluator(
-        setup.objective,
-        GlobalBatches(batches),
+    evaluate = functools.partial(
+        evaluator(setup.objective, seed=cfg.seed),
+        batches=GlobalBatches(batches),
         num_bytes=batches.num_bytes if cfg.train.objective == "next_token" else None,
-        seed=cfg.seed,
     )
 
     def values(state: TrainState) -> Values:
@@ -270,8 +258,13 @@ class GlobalBatches:
 
 
 def _summary(
-    cfg: RunConfig, setup: Setup, result: FitResult, account: Account, throughput: Throughput
+    cfg: RunConfig, path: epath.Path, setup: Setup, result: FitResult, account: Account, throughput: Throughput
 ) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    # The newest of each figure, also of those that were written down before a restart.
+    for figures in (*(read_metrics(path) if hosts.is_lead() else ()), result.values):
+        values |= figures
+    shown = ("loss", "accuracy", "skipped_steps", "tokens_per_second", "mfu")
     return {
         "name": cfg.name,
         "outcome": result.outcome,
@@ -279,9 +272,8 @@ def _summary(
         "num_params": inventory.num_params(setup.shapes.params),
         **account.to_json(),
         "peak_memory_bytes": peak_memory_bytes(),
+        **{name: value for name, value in values.items() if name in shown or name.startswith("eval")},
         **throughput.overall(),
-        **{name: value for name, value in result.values.items() if name in ("loss", "accuracy", "skipped_steps")},
-        **{name: value for name, value in result.values.items() if name.startswith("eval")},
     }
 
 
@@ -289,8 +281,7 @@ def peak_memory_bytes() -> int:
     """The most that was in use: on the fullest local accelerator or, on CPU, by this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return max(peaks, default=process.peak_memory_bytes())
 
 
 def _show(title: str, text: str) -> None:

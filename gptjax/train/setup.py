@@ -59,6 +59,8 @@ class TrainConfig:
         for name in ("z_loss", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps={self.profile_steps}: expected (first, last) with 1 <= first <= last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ PEAK_FLOPS: Mapping[str, float] = {
     "NVIDIA H100 NVL": 835 * TERA,
     "NVIDIA H100": 989 * TERA,
     "NVIDIA H200": 989 * TERA,
+    "NVIDIA H200 NVL": 835 * TERA,
     "NVIDIA GH200": 989 * TERA,
     "NVIDIA B200": 2250 * TERA,
     "NVIDIA GB200": 2500 * TERA,
@@ -41,14 +42,16 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 Sources: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, "peak compute per chip (bf16)";
 a TPU7x chip is two devices to JAX, one per core, unlike the v4 and v5p, whose two cores are one.
-NVIDIA data sheets of the A100 (SXM and PCIe), H100 (SXM, PCIe, NVL), H200, GH200, B200 (HGX) and
-GB200, halved where they quote the figure with sparsity. The TPU names are those of JAX's
+NVIDIA data sheets of the A100 (SXM and PCIe), H100 (SXM, PCIe, NVL), H200 (SXM, NVL), GH200, B200 (HGX)
+and GB200, halved where they quote the figure with sparsity. The TPU names are those of JAX's
 `pallas.mosaic.tpu_info`; a GPU's has its memory after it ("NVIDIA H100 80GB HBM3").
 """
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device, None where it is not known (CPUs)."""
+    """Peak bfloat16 FLOP/s of a device, None where it is not known (CPUs, a slice of a partitioned GPU)."""
+    if " MIG " in device_kind:
+        return None
     if device_kind.startswith("TPU"):
         return PEAK_FLOPS.get(device_kind)
     matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax.checkpoint import store as store_lib
+from gptjax.json_files import read_json, write_json
 from gptjax.parallel import hosts
-from gptjax.train.metrics import write_json
 from gptjax.train.setup import RunConfig
 
 CONFIG_FILE = "config.json"
@@ -75,12 +74,7 @@ def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
     """The config of the run in a workdir: its file's or, where that is gone, its newest checkpoint's."""
     file = path / CONFIG_FILE
     if file.exists():
-        try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(
-                f"{file}: is not JSON ({error}); restore it, or remove it for that of a checkpoint"
-            ) from error
+        found = read_json(file)
     elif steps:
         file = path / store_lib.DIRECTORY / str(steps[-1])
         found = store_lib.read_meta(file).run

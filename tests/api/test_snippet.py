@@ -18,7 +18,9 @@ from gptjax import (
     Trainer,
     TrainingArguments,
 )
-from gptjax.nn.spec import ModelSpec
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.optim import schedule
+from tests.tiny import TINY
 
 SNIPPET = """
 from gptjax import GPT4LMHeadModel, GPT4Tokenizer, TextDataset, DataCollatorForLanguageModeling, Trainer
@@ -31,10 +33,7 @@ trainer = Trainer(model=model, args=training_args, data_collator=data_collator, 
 trainer.train()
 """
 TEXT = "the quick brown fox jumps over the lazy dog.\r\n\tÆther – 漢字 " * 60
-TINY = ModelSpec(
-    vocab_size=260, seq_len=128, d_model=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64,
-    activation="swiglu", position="rope", rope_theta=1e4, tie_embeddings=True, dtype="float32", remat="none",
-)  # fmt: skip
+SMALL = dataclasses.replace(TINY, vocab_size=260, seq_len=128, d_model=32, num_heads=2, head_dim=16, d_ff=64)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +55,7 @@ def arguments(**changes):
 def trainer_of(tokenizer, *, mlm, model=None, block_size=32, **changes):
     data = TextDataset(tokenizer, "train.txt", block_size)
     return Trainer(
-        model or GPT4LMHeadModel.from_config(TINY),
+        model or GPT4LMHeadModel.from_config(SMALL),
         arguments(**changes),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=mlm),
         train_dataset=data,
@@ -66,7 +65,7 @@ def trainer_of(tokenizer, *, mlm, model=None, block_size=32, **changes):
 
 
 def test_the_snippet_runs_on_a_checkpoint(tokenizer):
-    model = GPT4LMHeadModel.from_config(TINY)
+    model = GPT4LMHeadModel.from_config(SMALL)
     model.tokenizer = tokenizer
     model.save_pretrained("gpt4")
     eval_dataset = TextDataset(tokenizer, "train.txt", 128)
@@ -84,11 +83,15 @@ def test_a_preset_without_weights_says_so_and_offers_from_config():
 
 
 @pytest.mark.parametrize("mlm", [True, False])
-def test_training_lowers_the_loss(tokenizer, mlm):
+def test_training_lowers_the_loss(tokenizer, mlm, capsys):
     trainer = trainer_of(tokenizer, mlm=mlm, max_steps=30, learning_rate=1e-2, logging_steps=10)
     before = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == before
     output = trainer.train()
     assert output.global_step == 30
+    # As in a notebook: standard error is no terminal.
+    shown = [line[:10] for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert shown == ["step  1/30", "step 10/30", "step 20/30", "step 30/30"]
     assert trainer.evaluate()["eval_loss"] < before - 0.5
 
 
@@ -107,12 +110,15 @@ def test_a_masked_model_is_trained_on_as_a_causal_one(tokenizer):
     model = GPT4LMHeadModel.from_pretrained("out")
     assert not model.config.causal
     trainer = trainer_of(tokenizer, mlm=False, model=model, output_dir="causal", max_steps=1)
-    trainer.train()
-    assert trainer.model.config.causal
+    output = trainer.train()
+    assert trainer.model.config.causal and np.isfinite(output.training_loss)
+    trainer.save_model()
+    again = GPT4LMHeadModel.from_pretrained("causal/model")
+    jax.tree.map(np.testing.assert_array_equal, again.params, trainer.model.params)
 
 
 def test_saved_models_read_back_equal(tokenizer):
-    model = GPT4LMHeadModel.from_config(TINY, seed=3)
+    model = GPT4LMHeadModel.from_config(SMALL, seed=3)
     model.tokenizer = tokenizer
     model.save_pretrained("saved")
     again = GPT4LMHeadModel.from_pretrained("saved")
@@ -121,6 +127,10 @@ def test_saved_models_read_back_equal(tokenizer):
     assert again.tokenizer.decode(again.tokenizer.encode(TEXT)) == TEXT
     with pytest.raises(ValueError, match="holds a checkpoint already"):
         model.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    with pytest.raises(ValueError, match="another tokenizer is already there"):
+        GPT4Tokenizer(tokenizer_lib.characters("abc")).save_pretrained("saved")
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizer):
@@ -128,15 +138,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tokenizer):
     whole.train()
     changes = dict(learning_rate=1e-2, lr_scheduler_type="constant", output_dir="half")
     data = whole.train_dataset
-    model = GPT4LMHeadModel.from_config(TINY)
+    model = GPT4LMHeadModel.from_config(SMALL)
     for max_steps in (2, 4):
         args = TrainingArguments(**(changes | dict(per_device_train_batch_size=1, max_steps=max_steps)))
         half = Trainer(model, args, data_collator=whole.data_collator, train_dataset=data)
         half.train(resume_from_checkpoint=True)
-        model = GPT4LMHeadModel.from_config(TINY, seed=9)
+        model = GPT4LMHeadModel.from_config(SMALL, seed=9)
     jax.tree.map(np.testing.assert_array_equal, half.model.params, whole.model.params)
+    again = Trainer(model, args, data_collator=whole.data_collator, train_dataset=data)
     with pytest.raises(ValueError, match="resume_from_checkpoint=True"):
-        Trainer(model, args, data_collator=whole.data_collator, train_dataset=data).train()
+        again.train()
+    with pytest.raises(ValueError, match="resume_from_checkpoint='half/ckpt/2': expected True or False"):
+        again.train(resume_from_checkpoint="half/ckpt/2")
+    # As many pieces, but others.
+    other = GPT4Tokenizer(tokenizer_lib.characters("".join(map(chr, range(260)))))
+    again = Trainer(model, args, tokenizer=other, train_dataset=data)
+    with pytest.raises(ValueError, match="half/ckpt/4: its tokens are those of tokenizer"):
+        again.train(resume_from_checkpoint=True)
 
 
 def test_an_epoch_has_every_row_once(tokenizer):
@@ -164,7 +182,7 @@ class Recorder:
 
 
 def test_labels_give_the_language_modelling_loss(tokenizer):
-    model = GPT4LMHeadModel.from_config(TINY)
+    model = GPT4LMHeadModel.from_config(SMALL)
     ids = np.array([tokenizer.encode("hello world")])
     output = model(ids, labels=ids)
     logp = jax.nn.log_softmax(output.logits[0, :-1])
@@ -176,11 +194,15 @@ def test_labels_give_the_language_modelling_loss(tokenizer):
 
 
 def test_generates_after_each_prompt(tokenizer):
-    model = GPT4LMHeadModel.from_config(TINY)
+    model = GPT4LMHeadModel.from_config(SMALL)
     prompts = [tokenizer.encode("a"), tokenizer.encode("hello")]
     together = model.generate(prompts, max_new_tokens=4)
     assert [row[: len(prompt)] for row, prompt in zip(together, prompts, strict=True)] == prompts
     assert model.generate(prompts[1], max_new_tokens=4)[0] == together[1]
+    laid_out = model._generator()
+    assert model._generator() is laid_out, "parameters are laid out for decoding once, not at every call"
+    model.params = jax.tree.map(lambda x: -x, model.params)
+    assert model._generator().params is model.params
     with pytest.raises(TypeError, match="top_q"):
         model.generate(prompts, max_new_tokens=4, top_q=0.5)
 
@@ -199,9 +221,13 @@ def test_what_does_not_fit_is_refused(tokenizer):
     with pytest.raises(ValueError, match="seq_len=128"):
         trainer_of(tokenizer, mlm=False, block_size=200).train()
     with pytest.raises(ValueError, match="vocab_size=300"):
-        trainer_of(tokenizer, mlm=False, model=GPT4LMHeadModel.from_config(TINY, vocab_size=300))
+        trainer_of(tokenizer, mlm=False, model=GPT4LMHeadModel.from_config(SMALL, vocab_size=300))
     with pytest.raises(ValueError, match="train_dataset"):
-        Trainer(GPT4LMHeadModel.from_config(TINY), arguments(), tokenizer=tokenizer).train()
+        Trainer(GPT4LMHeadModel.from_config(SMALL), arguments(), tokenizer=tokenizer).train()
+    with pytest.raises(ValueError, match="eval_dataset, for eval_strategy='epoch': .* got none"):
+        Trainer(GPT4LMHeadModel.from_config(SMALL), arguments(eval_strategy="epoch"), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="tokens: 5 to 260 do not fit the model's vocab_size=260"):
+        GPT4LMHeadModel.from_config(SMALL)([5, 260])
     with pytest.raises(ValueError, match="no such preset"):
         GPT4LMHeadModel.from_config("gpt5")
 
@@ -235,6 +261,16 @@ def test_evaluates_and_saves_when_told(tokenizer, tmp_path):
     assert [path.name for path in (tmp_path / "out" / "ckpt").iterdir()] == ["1"]
 
 
+def test_an_inverse_square_root_falls_to_the_end_without_another_decay():
+    args = TrainingArguments("out", lr_scheduler_type="inverse_sqrt", warmup_steps=4, learning_rate=1.0)
+    cfg = args.optimizer(num_steps=100)
+    rate = schedule.make(
+        cfg.schedule, cfg.learning_rate, num_steps=100, warmup_steps=cfg.warmup_steps, final_scale=cfg.final_lr_scale,
+        decay_fraction=cfg.decay_fraction,
+    )  # fmt: skip
+    assert float(rate(99)) == pytest.approx((4 / 100) ** 0.5)
+
+
 def test_unknown_and_mistyped_arguments_are_refused():
     with pytest.raises(TypeError, match="evaluation_stratgy"):
         TrainingArguments("out", evaluation_stratgy="steps")
@@ -244,6 +280,8 @@ def test_unknown_and_mistyped_arguments_are_refused():
         TrainingArguments("out", save_strategy="epochs")
     with pytest.raises(ValueError, match="lr_scheduler_type"):
         TrainingArguments("out", lr_scheduler_type="cosin")
+    with pytest.raises(ValueError, match="inverse_sqrt.* needs warmup_steps"):
+        TrainingArguments("out", lr_scheduler_type="inverse_sqrt")
     with pytest.raises(ValueError, match="learning_rate"):
         TrainingArguments("out", learning_rate="fast")
     with pytest.raises(ValueError, match="name.*adam"):

@@ -11,23 +11,18 @@ import pytest
 from gptjax.data import loader, source, tokenizer, writer
 from gptjax.eval import perplexity
 from gptjax.nn import transformer
-from gptjax.nn.spec import ModelSpec
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.types import Batch
+from tests.tiny import TINY, random_params
 
-SPEC = ModelSpec(
-    vocab_size=260, seq_len=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, d_ff=32,
-    activation="swiglu", position="rope", rope_theta=100.0, tie_embeddings=True, dtype="float32", remat="none",
-)  # fmt: skip
+SPEC = dataclasses.replace(TINY, vocab_size=260, num_layers=1, num_heads=2)
 TEXTS = ["short", "a document of more than one window, with some é and 日本語 in it", "x" * 90, "", "end"]
 
 
 @pytest.fixture(scope="module")
 def model():
     cfg = SPEC.build()
-    rng = np.random.default_rng(0)
-    shapes = transformer.abstract_params(cfg)
-    return cfg, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.4).astype(np.float32), shapes)
+    return cfg, random_params(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -110,3 +110,9 @@ def test_ticks_are_round_inside_and_few(low, high):
     assert 2 <= len(values) <= 11 and all(low <= v <= high * 1.000001 for v in values)
     values = charts.log_ticks(max(low, high / 50), high)
     assert 2 <= len(values) <= 9
+
+
+def test_a_logarithmic_axis_has_round_values_on_every_scale():
+    assert charts.log_ticks(3.4, 8.7) == [4, 5, 6, 7, 8]
+    assert charts.log_ticks(2.9, 4.3) == [3, 3.5, 4]
+    assert charts.log_ticks(0.5, 60) == [1, 3, 10, 30]

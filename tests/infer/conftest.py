@@ -2,30 +2,11 @@
 
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 
-from gptjax.nn import transformer
 from gptjax.nn.config import MoEConfig
-from gptjax.nn.spec import MLASpec, ModelSpec
-
-TINY = ModelSpec(
-    vocab_size=67,
-    seq_len=64,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=32,
-    activation="swiglu",
-    position="rope",
-    rope_theta=100.0,
-    tie_embeddings=False,
-    dtype="float32",
-    remat="none",
-)
+from gptjax.nn.spec import MLASpec
+from tests.tiny import TINY, random_params
 
 MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=16, activation="swiglu", shared_d_ff=8)
 
@@ -41,17 +22,8 @@ VARIANTS = {
 
 
 def build(**changes):
-    """A tiny model with random weights; drawn by numpy, which compiles nothing."""
-    cfg = dataclasses.replace(TINY, **changes).build()
-    return cfg, random_params(cfg)
-
-
-def random_params(cfg):
-    """Weights large enough for peaked predictions, so that greedy choices are no near-ties."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape, scale=0.5).astype(np.float32), transformer.abstract_params(cfg)
-    )
+    cfg = dataclasses.replace(TINY, **{"vocab_size": 67, "seq_len": 64, "tie_embeddings": False, **changes}).build()
+    return cfg, random_params(cfg, scale=0.5)
 
 
 @pytest.fixture(params=list(VARIANTS))

@@ -12,6 +12,9 @@ from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig, generate, stream
 from gptjax.infer.sampling import SamplingConfig
 from gptjax.nn import transformer
+from gptjax.parallel import mesh as mesh_lib
+from gptjax.parallel import rules
+from tests.infer.conftest import MOE, VARIANTS, build
 
 PROMPTS = [[5, 9, 33], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [60], [44, 2, 44, 2, 44, 2, 44]]
 DRAWN = SamplingConfig(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.1)
@@ -63,6 +66,31 @@ def test_rows_of_different_length_equal_each_alone(tiny):
     together = generate(*tiny, prompts=PROMPTS, config=config)
     for prompt, completion in zip(PROMPTS, together, strict=True):
         assert generate(*tiny, prompts=[prompt], config=config)[0].tokens == completion.tokens
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("kind", ["gqa", "window", "mla", "moe"])
+def test_a_model_spread_over_devices_generates_the_same(kind, sizes):
+    cfg, params = build(**VARIANTS[kind])
+    config = GenerateConfig(max_new_tokens=6)
+    alone = generate(cfg, params, prompts=PROMPTS, config=config)
+    with mesh_lib.use(dataclasses.replace(mesh_lib.all_devices("data"), **{"data": 1} | sizes)) as mesh:
+        layouts = rules.tree_shardings(mesh, transformer.param_axes(cfg), params)
+        spread = generate(cfg, jax.device_put(params, layouts), prompts=PROMPTS, config=config)
+    for one, other in zip(alone, spread, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_experts_with_a_capacity_take_every_token_when_generating():
+    limited = dataclasses.replace(MOE, capacity_factor=0.5)
+    cfg, params = build(moe=limited)
+    config = GenerateConfig(max_new_tokens=6)
+    prompts = [PROMPTS[1], list(range(40))]  # the second is padded to more than the first is alone
+    together = generate(cfg, params, prompts=prompts, config=config)
+    assert generate(cfg, params, prompts=prompts[:1], config=config)[0].tokens == together[0].tokens
+    dropless, _ = build(moe=MOE)
+    assert generate(dropless, params, prompts=prompts, config=config) == together
 
 
 def test_draws_depend_on_the_seed_and_the_row_alone(tiny):
@@ -139,6 +167,12 @@ def test_one_program_serves_prompts_of_a_bucket_and_every_setting_of_a_stage(tin
     assert (generation.decode.prefill._cache_size(), generation.decode.decode._cache_size()) == sizes
 
 
+def test_few_lengths_of_buffers_are_compiled_and_little_is_read_past_the_end():
+    lengths = [generation._buffer_len(length) for length in range(1, 8193)]
+    assert all(length <= found < length + max(64, length / 4) for length, found in enumerate(lengths, 1))
+    assert len(set(lengths)) == 8 + 4 * 4  # up to 512 in steps of 64, then four a doubling
+
+
 def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(tiny, caplog):
     cfg, params = tiny
     learned = dataclasses.replace(cfg, learned_positions=True)
@@ -171,8 +205,8 @@ def test_a_bidirectional_model_and_no_tokens_are_refused(tiny):
         generate(dataclasses.replace(cfg, causal=False), params, prompts=[[1]], config=GenerateConfig(max_new_tokens=2))
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         GenerateConfig(max_new_tokens=0)
-    with pytest.raises(ValueError, match="seed=99999999999: expected a number of 32 bits"):
-        GenerateConfig(max_new_tokens=1, seed=99999999999)
+    with pytest.raises(ValueError, match="seed=2147483648: expected 0 to"):
+        GenerateConfig(max_new_tokens=1, seed=2**31)
 
 
 def test_a_stream_refuses_bad_input_before_the_first_piece(tiny):

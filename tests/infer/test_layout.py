@@ -11,6 +11,8 @@ from gptjax.infer.layout import for_decoding
 from gptjax.nn import transformer
 from gptjax.nn.config import LayerGroup
 from gptjax.types import Params
+from tests.infer.conftest import MOE, build
+from tests.tiny import random_params
 
 TOKENS = np.array([[5, 9, 33, 2, 60]], np.int32)
 
@@ -18,13 +20,6 @@ TOKENS = np.array([[5, 9, 33, 2, 60]], np.int32)
 @functools.partial(jax.jit, static_argnums=0)
 def logits(cfg, params: Params):
     return transformer.logits(cfg, params, transformer.forward(cfg, params, TOKENS).hidden_BTD)
-
-
-def random_params(cfg):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.normal(size=leaf.shape, scale=0.5).astype(np.float32), transformer.abstract_params(cfg)
-    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -44,8 +39,6 @@ def test_layers_apart_are_the_same_model(tiny, dtype):
 
 
 def test_routers_and_norms_stay_in_float32():
-    from tests.infer.conftest import MOE, build
-
     cfg, params = build(moe=MOE, dtype="bfloat16")
     _, weights = for_decoding(cfg, params)
     block = weights["group_0"]["block_0"]

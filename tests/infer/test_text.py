@@ -77,6 +77,11 @@ def test_stop_strings_spanning_tokens_are_cut_and_nothing_after_them_leaks(seed)
 def test_the_earliest_of_several_stops_wins_and_a_half_stop_at_the_end_is_text():
     _, stream = run(decode_bytes, [b"ab", b"cdef"], stop=["de", "cd"])
     assert stream.text == "ab"
+    # "b" is complete before "abc" is, and "abc" begins before "bc", with which it ends.
+    for stop, text in ((["abc", "b"], "xa"), (["bc", "abc"], "x")):
+        for parts in ([b"xabcd"], [b"xa", b"bcd"], [b"xab", b"cd"], [b"x", b"a", b"b", b"c", b"d"]):
+            _, stream = run(decode_bytes, parts, stop=stop)
+            assert stream.text == text and stream.stopped
     _, stream = run(decode_bytes, [b"x ST"], stop=["STOP"])
     assert stream.text == "x ST" and not stream.stopped
 

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import llama_8b
+from gptjax import config as config_lib
 from gptjax.nn import cost, transformer
+from gptjax.nn.spec import ModelSpec
 from tests.nn.zoo import ZOO, build
 
 
@@ -48,6 +51,19 @@ def test_forward_flops_are_those_of_the_compiled_program(name):
     assert 1.0 <= compiled.cost_analysis()["flops"] / expected < 1.15
 
 
+def test_experts_count_as_often_as_a_token_is_sent_and_windows_as_far_as_they_reach():
+    """By hand: d_model 16; 4 heads of 8 over 2 key/value heads; rows of 12."""
+    attention_kernels, pairs = 2 * 16 * 8 * (4 + 2), (12 * 13 / 2) / 12
+    moe = cost.flops_per_token(build("moe"), 12)
+    dense_layer, experts, shared, router = 3 * 16 * 32, 2 * 3 * 16 * 16, 3 * 16 * 8, 16 * 4
+    assert moe.kernels == 2 * (2 * attention_kernels + dense_layer + experts + shared + router)
+    assert moe.attention == 2 * 2 * pairs * 4 * (8 + 8) and moe.head == 2 * 16 * 64
+    window = cost.flops_per_token(build("window"), 12)
+    # Two layers whose queries see 1, 2, 3, then 4 keys, and one that sees all.
+    local_pairs = (1 + 2 + 3 + 9 * 4) / 12
+    assert window.attention == pytest.approx(2 * (2 * local_pairs + pairs) * 4 * (8 + 8))
+
+
 def test_training_is_three_forward_passes_and_six_operations_a_parameter():
     cfg = build("dense", d_model=64, d_ff=256)
     flops = cost.flops_per_token(cfg, 8)
@@ -55,6 +71,12 @@ def test_training_is_three_forward_passes_and_six_operations_a_parameter():
     kernels = sum(leaf.size for leaf in jax.tree.leaves(block) if leaf.ndim > 2)
     assert flops.kernels == 2 * kernels
     assert flops.train == 3 * (flops.kernels + flops.attention + flops.head)
+
+
+def test_the_example_of_docs_mfu():
+    spec = config_lib.from_dict(ModelSpec, llama_8b.get_config().model)
+    flops = cost.flops_per_token(spec.build(), 8192)
+    assert f"{flops.forward / 1e9:.2f} {flops.train / 1e9:.1f} {3 * flops.attention / 1e9:.1f}" == "17.16 51.5 6.4"
 
 
 def test_cache_bytes():

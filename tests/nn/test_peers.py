@@ -13,7 +13,8 @@ import pytest
 
 from gptjax.nn import cache, transformer
 from gptjax.nn.config import MoEConfig, RopeScaling
-from gptjax.nn.spec import MLASpec, ModelSpec
+from gptjax.nn.spec import MLASpec
+from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOGITS = json.loads((GOLDEN / "transformers.json").read_text())
@@ -22,10 +23,7 @@ peers = importlib.util.module_from_spec(
 )
 spec.loader.exec_module(peers)
 
-LLAMA = ModelSpec(
-    vocab_size=48, seq_len=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
-    activation="swiglu", position="rope", rope_theta=100.0, tie_embeddings=False, dtype="float32", remat="none",
-)  # fmt: skip
+LLAMA = dataclasses.replace(TINY, vocab_size=48, seq_len=64, d_model=32, d_ff=48, tie_embeddings=False)
 YARN = RopeScaling(kind="yarn", factor=4.0, original_seq_len=16)
 
 

@@ -3,24 +3,9 @@
 import dataclasses
 
 from gptjax.nn.config import ModelConfig, MoEConfig, RopeScaling
-from gptjax.nn.spec import MLASpec, ModelSpec
+from gptjax.nn.spec import MLASpec
+from tests.tiny import TINY
 
-TINY = ModelSpec(
-    vocab_size=64,
-    seq_len=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=32,
-    activation="swiglu",
-    position="rope",
-    rope_theta=100.0,
-    tie_embeddings=True,
-    dtype="float32",
-    remat="none",
-)
 MOE = MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=16, activation="swiglu", shared_d_ff=8, z_loss=1e-3)
 GROUPED_MOE = MoEConfig(
     num_experts=8,

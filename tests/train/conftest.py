@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gptjax import config as config_lib
 from gptjax.data import source, tokenizer, writer
 from gptjax.train.run import RunConfig
+from tests.tiny import TINY
+
+MODEL = dict(vocab_size=260, seq_len=16, num_layers=1, num_heads=2, num_kv_heads=1, rope_theta=1e4)
 
 
 @pytest.fixture(scope="session")
@@ -33,11 +38,7 @@ def run_config(data_dir):
         values = {
             "name": "tiny",
             "seed": 1,
-            "model": dict(
-                vocab_size=260, seq_len=16, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
-                d_ff=32, activation="swiglu", position="rope", rope_theta=1e4, tie_embeddings=True, dtype="float32",
-                remat="none",
-            ),
+            "model": dataclasses.asdict(TINY) | MODEL,
             "data": dict(
                 train={str(data_dir / "train"): 1.0}, eval=None, tokenizer=str(data_dir), batch_size=8, prefetch=2
             ),

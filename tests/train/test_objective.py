@@ -9,10 +9,10 @@ import pytest
 
 from gptjax.nn import transformer
 from gptjax.nn.config import MoEConfig
-from gptjax.nn.spec import ModelSpec
 from gptjax.train import objective as objectives
 from gptjax.train import step as step_lib
 from gptjax.types import Batch
+from tests.tiny import TINY
 from tests.train import toy
 
 VOCAB = 48
@@ -20,11 +20,8 @@ MASK = 47
 
 
 def model(**changes):
-    sizes = dict(
-        vocab_size=VOCAB, seq_len=16, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=32,
-        activation="swiglu", position="rope", rope_theta=1e4, tie_embeddings=True, dtype="float32", remat="none",
-    )  # fmt: skip
-    return ModelSpec(**(sizes | changes)).build()
+    sizes = dict(vocab_size=VOCAB, seq_len=16, num_heads=2, num_kv_heads=1, rope_theta=1e4)
+    return dataclasses.replace(TINY, **(sizes | changes)).build()
 
 
 def moe(**changes):

@@ -9,7 +9,7 @@ from gptjax.train.throughput import Throughput, peak_flops
 REPORTED = {
     "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v5p": 459, "TPU v6 lite": 918, "TPU7x": 2307 / 2,
     "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA B200": 2250, "NVIDIA GB200": 2500,
+    "NVIDIA H100 NVL": 835, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA B200": 2250, "NVIDIA GB200": 2500,
 }  # fmt: skip
 
 
@@ -18,7 +18,7 @@ def test_the_peak_of_a_reported_device_kind(kind):
     assert peak_flops(kind) == pytest.approx(REPORTED[kind] * 1e12)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v3", "TPU v5 something", "Tesla T4", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("kind", ["cpu", "TPU v3", "TPU v5 something", "Tesla T4", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
 def test_a_chip_that_is_not_listed_has_no_peak(kind):
     assert peak_flops(kind) is None
 

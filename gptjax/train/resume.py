@@ -1,0 +1,54 @@
+"""From a checkpoint back to the state of a run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.nn.config import ModelConfig
+from gptjax.train.state import TrainState
+
+
+class Resumed(NamedTuple):
+    """A state laid out as asked for, and the JSON that was saved with it."""
+
+    state: TrainState
+    data: dict[str, Any]
+
+
+def resume(
+    store: CheckpointStore,
+    step: int,
+    *,
+    shapes: TrainState,
+    shardings: TrainState,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+) -> Resumed:
+    """Reads the checkpoint of a step.
+
+    Args:
+      shapes, shardings: what the state is to be like, and where it goes.
+      model: explains a mismatch of shapes.
+      tokenizer: what the run goes on with.
+
+    Raises:
+      ValueError: with the path, if the checkpoint cannot be read, has other shapes, or was trained with
+        another tokenizer.
+    """
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    found = store.restore(step, params=wanted.params, opt_state=wanted.opt_state, extra=wanted.extra, model=model)
+    if found.meta.tokenizer != tokenizer.fingerprint:
+        raise ValueError(
+            f"{store.directory / str(step)}: its tokens are those of tokenizer {found.meta.tokenizer[:12]}, "
+            f"but the one given is {tokenizer.fingerprint[:12]}; give the one that the run was started with"
+        )
+    count = jax.device_put(jnp.asarray(step, jnp.int32), shardings.step)
+    state = TrainState(step=count, params=found.params, opt_state=found.opt_state, extra=found.extra)
+    return Resumed(state, found.data)
