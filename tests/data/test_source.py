@@ -106,7 +106,7 @@ def test_jsonl(tmp_path, kind):
     compressor = zstandard.ZstdCompressor()
     content = {
         "plain": LINES,
-        "gzip": gzip.compress(LINES),
+        "gzip": gzip.compress(LINES, mtime=0),
         "zstd": compressor.compress(LINES),
         "zstd in two frames": compressor.compress(LINES[:5]) + compressor.compress(LINES[5:]),
     }
@@ -134,8 +134,8 @@ def test_parquet(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: expected one JSON object in UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: expected one JSON object in UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "a.jsonl:2: `text` is not Unicode text: .*surrogates"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-12], "a.jsonl.gz: damaged after line"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz: damaged after line"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "a.jsonl.gz: damaged after line"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-8] + bytes(8), "a.jsonl.gz: damaged after line"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)[:-4], "a.jsonl.zst: damaged after line"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES) + b"broken", "a.jsonl.zst: damaged after line"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a readable parquet file"),
@@ -178,7 +178,7 @@ def test_a_small_read_of_what_decompresses_to_much_copies_no_more_than_it_return
 def test_the_size_is_told_of_plain_text_only(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     assert source.open_source(str(tmp_path)).size_bytes == len(LINES)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     assert source.open_source(str(tmp_path)).size_bytes is None
 
 
