@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from gptjax.parallel import rules
 from gptjax.types import Array
 
 # What is left after halving is as wide as a vector register.
@@ -18,7 +19,10 @@ _VECTOR = 16
 
 def row_max(x: Array) -> Array:
     """The largest element of each row, `[..., V] -> [...]`; not differentiable."""
-    return jax.lax.platform_dependent(jax.lax.stop_gradient(x), cpu=_halving_max, default=lambda x: x.max(axis=-1))
+    x = jax.lax.stop_gradient(x)
+    if rules.current_mesh() is not None:  # halves of a row that is split over devices would be sent around
+        return x.max(axis=-1)
+    return jax.lax.platform_dependent(x, cpu=_halving_max, default=lambda x: x.max(axis=-1))
 
 
 def row_sum(x: Array) -> Array:

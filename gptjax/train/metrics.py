@@ -131,7 +131,9 @@ class _TensorBoard:
 
         self._event, self._summary = event_pb2, summary_pb2
         record_writer.directory_check(directory)
-        self._writer = event_file_writer.EventsWriter(os.path.join(directory, "events"))
+        # Files are named by the second: a restart within one must not write over what was before it.
+        suffix = f".after_step_{start_step}"
+        self._writer = event_file_writer.EventsWriter(os.path.join(directory, "events"), suffix)
         # Hides what an interrupted run wrote past `start_step`.
         started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=start_step + 1, session_log=started))

@@ -96,15 +96,16 @@ def test_prefetching_changes_nothing(cfg):
 
 
 def test_prefetch_threads_end_with_the_iterator(cfg):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = loader.train_batches(loader.TrainData(cfg, seq_len=SEQ_LEN, seed=1))
     next(batches)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     del batches
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in started)
 
 
 @pytest.mark.parametrize("kind", ["concat", "best_fit"])

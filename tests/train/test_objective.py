@@ -234,9 +234,10 @@ def test_auxiliary_losses_are_as_strong_beside_a_target_where_few_tokens_are_tar
     causal = loss_of(objectives.next_token(cfg), params, batch)
     loss = loss_of(masked(objectives.bidirectional(cfg))[1], params, batch)
     per_token = causal.metrics["router_loss"].total / num_tokens
-    # Of the expected number of targets; hidden tokens and later ones that are seen change the routing a little.
+    # Of the expected number of targets; hidden tokens and later ones that are seen change the routing by a tenth.
+    # Not weighed, the losses would be 1 / MASKED_FRACTION = 6.7 times as strong.
     per_target = loss.metrics["router_loss"].total / (objectives.MASKED_FRACTION * num_tokens)
-    np.testing.assert_allclose(per_target, per_token, rtol=0.1)
+    np.testing.assert_allclose(per_target, per_token, rtol=0.25)
     np.testing.assert_allclose(loss.total - loss.metrics["loss"].total, loss.metrics["router_loss"].total, rtol=1e-4)
 
 
