@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from gptjax.kernels import cpu
-
 FAILED = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
 
@@ -34,7 +32,6 @@ def start(main: Callable[[list[str]], int | None]) -> None:
                 raise
             return _fail(error)
 
-    cpu.configure()
     app.run(run, flags_parser=_parse)
 
 

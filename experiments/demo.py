@@ -6,12 +6,17 @@ Prepares the standard library's source, trains a small GPT on it, scores the hel
 writes samples, summary.json and report.html. Every stage is a command of its own, shown as it starts; one whose
 product is complete is skipped, so that the demo goes on where it was killed.
 
+How long it trains is set in minutes, since machines differ: a few steps are timed once, the number of steps that fit is
+kept in plan.json, and from there on everything is exact. --train_minutes=0 takes the config's number of steps.
+
 Exit status: 0 when everything is there, otherwise that of the stage that failed or was stopped.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,15 @@ from absl import app, flags
 
 from experiments import common
 from experiments.stages import Stages, read_json
+from gptjax.train import metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Directory of the run.")
 _CONFIG = flags.DEFINE_string("config", "configs/demo.py", "Config; it is given the directory of the data.")
 _SOURCE = flags.DEFINE_string("source", "stdlib", "Text, as experiments.prepare_data takes it.")
+_TRAIN_MINUTES = flags.DEFINE_float("train_minutes", 11.0, "How long to train; 0: as many steps as the config says.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Pieces of the tokenizer; the config's model.vocab_size.")
 
+_TRIAL_STEPS = 40
 _PROMPTS = ("def read_file(path):\n", "class Queue:\n    ", "import os\nimport sys\n", "    for key, value in ")
 _SAMPLING = ("--temperature=0.7", "--top_p=0.95", "--max_new_tokens=96")
 
@@ -38,8 +46,11 @@ def main(argv: list[str]) -> None:
     stages = Stages(workdir)
     if not (data / "summary.json").exists():
         stages.run("prepare_data", f"--source={_SOURCE.value}", f"--vocab_size={_VOCAB_SIZE.value}", f"--out={data}")
+    pretrain = [f"--config={_CONFIG.value}:{data}"]
+    if _TRAIN_MINUTES.value:
+        pretrain.append(f"--config.train.num_steps={_num_steps(workdir, pretrain, stages)}")
     # It knows by itself whether there is something left to train.
-    stages.run("pretrain", f"--config={_CONFIG.value}:{data}", f"--workdir={workdir}")
+    stages.run("pretrain", *pretrain, f"--workdir={workdir}")
     if read_json(scores).get("step") != read_json(workdir / "summary.json")["step"]:
         samples.unlink(missing_ok=True)
         stages.run("evaluate", f"--workdir={workdir}", f"--data={data / 'eval'}", "--nobaselines")
@@ -49,6 +60,28 @@ def main(argv: list[str]) -> None:
     _finish(workdir, read_json(scores), read_json(samples), stages)
 
 
+def _num_steps(workdir: Path, pretrain: list[str], stages: Stages) -> int:
+    """As many steps as fit into --train_minutes on this machine, timed in a run of its own before the first."""
+    path, trial, minutes = workdir / "plan.json", workdir / "trial", _TRAIN_MINUTES.value
+    if not path.exists():
+        few = {"num_steps": _TRIAL_STEPS, "log_every": 5, "eval_batches": 1}
+        shutil.rmtree(trial, ignore_errors=True)
+        flags_of_trial = [f"--config.train.{key}={value}" for key, value in few.items()]
+        stages.run("pretrain", *pretrain, *flags_of_trial, f"--workdir={trial}", label="trial")
+        seconds = [row["step_seconds"] for row in metrics.read_metrics(trial) if "step_seconds" in row]
+        # A median: a machine may be busy for a moment.
+        num_steps = max(_TRIAL_STEPS, int(60 * minutes / statistics.median(seconds)))
+        metrics.write_json(path, {"train_minutes": minutes, "step_seconds": seconds, "num_steps": num_steps})
+        shutil.rmtree(trial)
+    plan = read_json(path)
+    if plan["train_minutes"] != minutes:
+        raise ValueError(
+            f"{path}: this run was planned for {plan['train_minutes']:g} minutes, got --train_minutes={minutes:g}; "
+            "choose another --workdir"
+        )
+    return plan["num_steps"]
+
+
 def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stages: Stages) -> None:
     """Adds to the run's summary what the other stages found, and draws the report."""
     import jax
@@ -56,14 +89,13 @@ def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stag
     from gptjax.eval import report
     from gptjax.model import load
     from gptjax.optim.groups import path_of
-    from gptjax.train.metrics import write_json
 
     summary = read_json(workdir / "summary.json")
     summary.setdefault("train_wall_seconds", summary["wall_seconds"])
     stages.add("pretrain", seconds=summary["train_wall_seconds"])
     summary["bits_per_byte"] = scores["bits_per_byte"] | _compressors(workdir / "data", stages)
     summary |= {"samples": samples["samples"], **stages.total()}
-    write_json(workdir / "summary.json", summary)
+    metrics.write_json(workdir / "summary.json", summary)
     leaves = jax.tree_util.tree_leaves_with_path(load(workdir).params)
     shapes = [(path_of(path), leaf.shape) for path, leaf in leaves]
     report.write(report.read(workdir, parameters=shapes), workdir / "report.html")

@@ -28,9 +28,11 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported late: JAX must not be touched before the processes of a job are connected.
     from gptjax import config as config_lib
+    from gptjax.kernels import cpu
     from gptjax.parallel import hosts
     from gptjax.train.run import RunConfig, run
 
+    cpu.configure_training()
     hosts.initialize()
     if not hosts.is_lead():
         logging.set_verbosity(logging.WARNING)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from experiments import common
+from gptjax.kernels import cpu
 
 
 class Stages:
@@ -33,19 +34,23 @@ class Stages:
         self._path = directory / "costs.json"
         self._costs: dict[str, dict[str, float]] = read_json(self._path)
 
-    def run(self, name: str, *arguments: str) -> None:
-        """Runs `python -m experiments.<name>`; ends this process with its status if it is not 0."""
+    def run(self, name: str, *arguments: str, label: str | None = None) -> None:
+        """Runs `python -m experiments.<name>`; ends this process with its status if it is not 0.
+
+        Its costs are kept under `label`, by default the name.
+        """
         command = [sys.executable, "-m", f"experiments.{name}", *arguments]
         print(f"\n--- {shlex.join(command[1:])}", flush=True)
         began = time.perf_counter()
-        with subprocess.Popen(command, pass_fds=[self._lock.fileno()]) as process, _signals_to(process):
+        inherited = {"pass_fds": [self._lock.fileno()], "env": cpu.start_environment()}
+        with subprocess.Popen(command, **inherited) as process, _signals_to(process):
             status = process.wait()
         if status:
             hint = "" if status == common.FAILED else "; start the same command again to go on"
             print(f"{name} ended with status {status}{hint}", file=sys.stderr)
             sys.exit(status if status > 0 else 128 - status)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        self.add(name, seconds=time.perf_counter() - began, peak_memory_bytes=peak)
+        self.add(label or name, seconds=time.perf_counter() - began, peak_memory_bytes=peak)
 
     def add(self, name: str, **costs: float) -> None:
         """Notes costs of a stage; of two notes the larger stays."""

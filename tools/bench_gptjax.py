@@ -1,26 +1,27 @@
-"""The process that measures gptjax for `tools/bench.py`: answers requests on stdin with lines of JSON."""
+"""The process that measures gptjax for `tools/bench.py`.
+
+Usage: bench_gptjax.py <task as JSON>
+"""
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
-STARTED = time.perf_counter()
+import bench_worker
 
 from gptjax.kernels import cpu  # noqa: E402
 
-cpu.configure()
+if "new_tokens" not in json.loads(sys.argv[1]):
+    cpu.configure_training()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from gptjax.infer.generate import GenerateConfig, generate  # noqa: E402
-from gptjax.nn import transformer  # noqa: E402
+from gptjax.nn import cost, transformer  # noqa: E402
 from gptjax.nn.config import ModelConfig, MoEConfig  # noqa: E402
 from gptjax.nn.spec import ModelSpec  # noqa: E402
 from gptjax.optim.build import OptimConfig, build  # noqa: E402
@@ -29,39 +30,14 @@ from gptjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from gptjax.train import objective, state, step  # noqa: E402
 from gptjax.types import Batch  # noqa: E402
 
-_MIN_MEASUREMENT_SECONDS = 0.2
-
 
 def main() -> None:
     task = json.loads(sys.argv[1])
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, expert=1, context=1, tensor=1))
     with jax.set_mesh(mesh), rules.use("standard"):
         run = _decoding(task) if "new_tokens" in task else _training(task)
-        run()
-        _answer(first_step_seconds=time.perf_counter() - STARTED)
-        run()
-        _serve(run)
-
-
-def _serve(run: Callable[[], None]) -> None:
-    start = time.perf_counter()
-    run()
-    repeats = max(1, round(_MIN_MEASUREMENT_SECONDS / (time.perf_counter() - start)))
-    for request in sys.stdin:
-        if request.strip() == "finish":
-            break
-        wall, processor = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
-            run()
-        _answer(
-            wall_seconds=(time.perf_counter() - wall) / repeats,
-            processor_seconds=(time.process_time() - processor) / repeats,
-        )
-    _answer(peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def _answer(**values: float) -> None:
-    print(json.dumps(values), flush=True)
+        num_params = cost.count(_model(task)).total
+        bench_worker.serve(run, num_params=num_params, packages=("jax", "flax", "optax"))
 
 
 def _model(task: dict[str, Any]) -> ModelConfig:
@@ -89,7 +65,7 @@ def _model(task: dict[str, Any]) -> ModelConfig:
     ).build()
 
 
-def _training(task: dict[str, Any]) -> Callable[[], None]:
+def _training(task: dict[str, Any]) -> bench_worker.Run:
     model = _model(task)
     shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
     optim = OptimConfig(
@@ -131,7 +107,7 @@ def _batch(task: dict[str, Any]) -> Batch:
     return jax.device_put(batch, rules.batch_sharding(jax.sharding.get_mesh()))
 
 
-def _decoding(task: dict[str, Any]) -> Callable[[], None]:
+def _decoding(task: dict[str, Any]) -> bench_worker.Run:
     model = _model(task)
     params = transformer.init(model, jax.random.key(0))
     prompts = np.random.default_rng(0).integers(0, task["vocab_size"], (task["batch_size"], task["prompt_tokens"]))

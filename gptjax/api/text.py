@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -149,8 +150,8 @@ class DataCollatorForLanguageModeling:
         return batch
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
-        """The model as this training uses it: a masked one sees both sides."""
-        return objective.bidirectional(config) if self.mlm else config
+        """The model as this training uses it: a masked one sees both sides, another only what is before."""
+        return dataclasses.replace(config, causal=not self.mlm)
 
     def objective(self, config: ModelConfig) -> Objective:
         """The loss to train `model_config(config)` with."""

@@ -20,6 +20,7 @@ from gptjax.kernels import cross_entropy
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import hosts, rules
+from gptjax.train import objective
 from gptjax.types import Array, Batch, Params
 
 
@@ -52,8 +53,10 @@ def evaluate(cfg: ModelConfig, params: Params, batches: Iterable[Batch]) -> Eval
     host all batches in float64, so the figure does not depend on how many there are.
 
     Raises:
-      ValueError: if there is nothing to score.
+      ValueError: if there is nothing to score, or for a bidirectional model, which sees what it is to predict.
     """
+    if not cfg.causal:
+        raise ValueError("this model is bidirectional (causal=False): it sees what it is to predict; use a causal one")
     sums, waiting = Evaluation(0.0, 0.0, 0.0), None
     for batch in batches:
         # The sums of a batch are read when the next one is under way.
@@ -76,7 +79,7 @@ def token_nll(cfg: ModelConfig, params: Params, batch: Batch) -> tuple[Array, Ar
     ).hidden_BTD
     head = transformer.head_params(cfg, params)
     batch_size, length = batch.targets.shape
-    num_chunks = _num_chunks(cfg, batch_size, length)
+    num_chunks = objective.num_chunks(cfg, (batch_size, length))
 
     def chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = inputs
@@ -123,13 +126,3 @@ def _on_mesh(batch: Batch) -> Batch:
     if rules.current_mesh() is None:
         return batch
     return hosts.to_global(batch, rules.batch_sharding(jax.sharding.get_mesh()))
-
-
-def _num_chunks(cfg: ModelConfig, batch_size: int, length: int) -> int:
-    mesh = rules.current_mesh()
-    row_parts, vocab_parts = (
-        (1, 1) if mesh is None else (rules.axis_size(mesh, "act_batch"), rules.axis_size(mesh, "act_vocab"))
-    )
-    return cross_entropy.pick_num_chunks(
-        num_rows=-(-batch_size // row_parts), seq_len=length, vocab_size=-(-cfg.vocab_size // vocab_parts)
-    )

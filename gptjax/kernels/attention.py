@@ -8,21 +8,20 @@ rows, padded caches and ring buffers are one code path.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 
 from gptjax.kernels import attention_fused
+from gptjax.kernels.attend import attend
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import platform
 from gptjax.types import Array
 
-_NEVER = float(jnp.finfo(jnp.float32).min)
 # Queries are cut into up to this many chunks, each with the keys that it can see: 8 chunks do 9/16 of
 # the work of one. Chunks below this length cost more in overhead than they save.
 _MAX_CHUNKS = 8
-_MIN_CHUNK = 64
+_MIN_CHUNK = 128
 
 
 def attention(
@@ -114,55 +113,33 @@ def _plain(
     # Heads first, once: every chunk then reads its keys and values as they lie.
     q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
+    sinks_KG = None if request.sinks_N is None else request.sinks_N.reshape(k_BKSH.shape[1], -1)
+    spans = _chunks(q_BTNH.shape[1], in_order=request.in_order and request.causal, window=request.window)
+    # Split and joined, not sliced: the gradient of a slice is padded to the whole before it is added.
+    q_parts, k_parts, v_parts = (jnp.split(x, len(spans), axis=2) for x in (q_BKTGH, k_BKSH, v_BKSH))
     chunks = []
-    for queries, keys in _chunks(q_BTNH.shape[1], in_order=request.in_order and request.causal, window=request.window):
-        operands = q_BKTGH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask(queries, keys)
-        chunks.append(_attend(*operands, scale=request.scale, softcap=request.softcap, sinks_N=request.sinks_N))
-    o_BKTGH = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
-    return jnp.moveaxis(o_BKTGH, 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
+    for i, (first, queries, keys) in enumerate(spans):
+        k, v = (_join(parts[first : i + 1]) for parts in (k_parts, v_parts))
+        operands = q_parts[i], k, v, mask(queries, keys), sinks_KG
+        chunks.append(attend(*operands, scale=request.scale, softcap=request.softcap))
+    return jnp.moveaxis(_join(chunks), 1, 2).reshape(*q_BTNH.shape[:3], v_BSKH.shape[3])
 
 
-def _chunks(length: int, *, in_order: bool, window: int | None) -> list[tuple[slice, slice]]:
-    """Slices of queries, and of the keys that those can see."""
+def _chunks(length: int, *, in_order: bool, window: int | None) -> list[tuple[int, slice, slice]]:
+    """For each chunk of queries: the first chunk of keys that it can see, its positions, and those of its keys."""
     num = next(n for n in range(_MAX_CHUNKS, 0, -1) if n == 1 or (length % n == 0 and length // n >= _MIN_CHUNK))
     mesh = rules.current_mesh()
     # A sequence that is split over the mesh has all chunks at work at once; cutting it again would move it.
     if not in_order or num == 1 or (mesh is not None and rules.axis_size(mesh, "act_length") > 1):
-        return [(slice(None), slice(None))]
+        return [(0, slice(None), slice(None))]
     size = length // num
     starts = range(0, length, size)
-    firsts = [0 if window is None else max(0, start - window + 1) for start in starts]
+    firsts = [0 if window is None else max(0, start - window + 1) // size for start in starts]
     return [
-        (slice(start, start + size), slice(first, start + size)) for start, first in zip(starts, firsts, strict=True)
+        (first, slice(start, start + size), slice(first * size, start + size))
+        for first, start in zip(firsts, starts, strict=True)
     ]
 
 
-def _attend(
-    q_BKTGH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    mask_BTS: Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks_N: Array | None,
-) -> Array:
-    """The definition, with scores and softmax in float32; keys and values are never repeated."""
-    scores = jnp.einsum("BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = mask_BTS[:, None, :, None, :]
-    scores = jnp.where(mask, scores, _NEVER)
-    peak = scores.max(axis=-1, keepdims=True)
-    sinks = None
-    if sinks_N is not None:
-        sinks = sinks_N.astype(jnp.float32).reshape(k_BKSH.shape[1], 1, -1, 1)
-        peak = jnp.maximum(peak, sinks)
-    peak = jax.lax.stop_gradient(peak)
-    # The second mask keeps a row without any allowed key at zero, where exp(min - min) is 1.
-    weights = jnp.where(mask, jnp.exp(scores - peak), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - peak)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.einsum("BKTGS,BKSH->BKTGH", weights.astype(v_BKSH.dtype), v_BKSH).astype(q_BKTGH.dtype)
+def _join(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)

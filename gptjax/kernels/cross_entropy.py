@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.kernels import rows
+from gptjax.parallel.mesh import platform
 from gptjax.types import Array
 
 
@@ -35,7 +37,7 @@ class TokenLoss(NamedTuple):
 
 def softmax_nll(logits: Array, targets: Array) -> TokenLoss:
     """Negative log-likelihood of `targets [...]` under `softmax(logits [..., V])`."""
-    nll, log_z, correct = _softmax_nll(logits, targets)
+    nll, log_z, correct = _softmax_nll(logits.astype(jnp.float32), targets)
     return TokenLoss(nll, log_z, jax.lax.stop_gradient(correct))
 
 
@@ -75,15 +77,18 @@ def chunked_loss(
     return loss_sum, jax.lax.stop_gradient(metrics)
 
 
-def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: int = 2**28) -> int:
+def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: int | None = None) -> int:
     """The fewest chunks of a sequence whose float32 logits fit in `max_bytes`.
 
     Args:
       num_rows: sequences of the batch that one device has.
       seq_len: positions of each.
       vocab_size: the part of the vocabulary that one device has.
-      max_bytes: what the logits of one chunk may take on a device.
+      max_bytes: what the logits of one chunk may take on a device; None is 256 MiB, and on CPU what its
+        caches can hold, but for 256 positions at least, which an efficient product needs.
     """
+    if max_bytes is None:
+        max_bytes = max(2**23, 256 * 4 * vocab_size) if platform() == "cpu" else 2**28
     per_position = 4 * num_rows * vocab_size
     fits = (n for n in range(1, seq_len + 1) if seq_len % n == 0 and per_position * (seq_len // n) <= max_bytes)
     return next(fits, seq_len)
@@ -91,44 +96,48 @@ def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: 
 
 @jax.custom_vjp
 def _softmax_nll(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-    logits = logits.astype(jnp.float32)
-    peak = logits.max(axis=-1)
-    target_logit, total = jax.lax.platform_dependent(
+    return _softmax_nll_forward(logits, targets)[0]
+
+
+def _softmax_nll_forward(logits: Array, targets: Array) -> tuple[Any, Any]:
+    peak = rows.row_max(logits)
+    target_logit, total, kept = jax.lax.platform_dependent(
         logits, targets, peak, cpu=_sums_by_products, default=_sums_by_reductions
     )
     log_z = peak + jnp.log(total)
-    correct = jnp.argmax(logits, axis=-1) == targets
-    return log_z - target_logit, log_z, correct.astype(jnp.float32)
+    vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    # The first of equal logits counts as the highest. Two maxima are cheaper than an argmax on CPU.
+    highest_before = rows.row_max(jnp.where(vocab < targets[..., None], logits, -jnp.inf))
+    correct = (target_logit >= peak) & (highest_before < target_logit)
+    return (log_z - target_logit, log_z, correct.astype(jnp.float32)), (kept, targets, peak, total)
 
 
-def _sums_by_reductions(logits: Array, targets: Array, peak: Array) -> tuple[Array, Array]:
-    """The target's logit, and the sum of `exp(logits - peak)`.
+def _sums_by_reductions(logits: Array, targets: Array, peak: Array) -> tuple[Array, Array, Array]:
+    """The target's logit, the sum of `exp(logits - peak)`, and what the backward pass reads: the logits.
 
     A masked sum instead of a gather: it fuses with the other sum, and a sharded vocabulary needs
     no communication of logits.
     """
     target_logit = jnp.sum(jnp.where(_one_hot(logits, targets), logits, 0.0), axis=-1)
-    return target_logit, jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
+    return target_logit, jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1), logits
 
 
-def _sums_by_products(logits: Array, targets: Array, peak: Array) -> tuple[Array, Array]:
-    """The same where reductions do not fuse, as on CPU: a product with ones sums faster."""
+def _sums_by_products(logits: Array, targets: Array, peak: Array) -> tuple[Array, Array, Array]:
+    """The same where reductions do not fuse, as on CPU; the exponentials are there already, so they are kept."""
     target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return target_logit, jnp.exp(logits - peak[..., None]) @ jnp.ones(logits.shape[-1], logits.dtype)
-
-
-def _softmax_nll_forward(logits: Array, targets: Array) -> tuple[Any, Any]:
-    out = _softmax_nll(logits, targets)
-    return out, (logits, targets, out[1])
+    weights = jnp.exp(logits - peak[..., None])
+    return target_logit, rows.row_sum(weights), weights
 
 
 def _softmax_nll_backward(residuals: Any, cotangents: Any) -> tuple[Array, Any]:
-    logits, targets, log_z = residuals
+    kept, targets, peak, total = residuals
     d_nll, d_log_z, _ = cotangents
-    softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
-    d_logits = softmax * (d_nll + d_log_z)[..., None]
-    d_logits = d_logits - jnp.where(_one_hot(logits, targets), d_nll[..., None], 0.0)
-    return d_logits.astype(logits.dtype), np.zeros(targets.shape, jax.dtypes.float0)
+    weights = jax.lax.platform_dependent(
+        kept, peak, cpu=lambda kept, peak: kept, default=lambda kept, peak: jnp.exp(kept - peak[..., None])
+    )
+    d_logits = weights * ((d_nll + d_log_z) / total)[..., None]
+    d_logits = d_logits - jnp.where(_one_hot(weights, targets), d_nll[..., None], 0.0)
+    return d_logits, np.zeros(targets.shape, jax.dtypes.float0)
 
 
 _softmax_nll.defvjp(_softmax_nll_forward, _softmax_nll_backward)

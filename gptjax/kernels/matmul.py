@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gptjax.parallel.mesh import platform
 from gptjax.types import Array
 
 
@@ -27,20 +28,32 @@ def einsum(spec: str, x: Array, w: Array) -> Array:
     return _product(spec, x, w)
 
 
+def computed_once(x: Array) -> Array:
+    """`x`, which on CPU is not computed anew inside every fusion that reads it.
+
+    XLA:CPU drops optimization barriers and takes sines and cosines for cheap. A product is never part of
+    a fusion, and one with the identity is exact.
+    """
+    return x @ jnp.eye(x.shape[-1], dtype=x.dtype) if platform() == "cpu" else x
+
+
 def _product(spec: str, x: Array, w: Array) -> Array:
     """The product, with the dimensions that it sums over merged into one where that is a mere reshape.
 
-    Over two dimensions XLA:CPU transposes the weight before every product, which costs decoding
-    as much as the product itself.
+    Over two dimensions XLA:CPU transposes both operands before every product, which costs decoding
+    as much as the product itself, and a gradient a pass over the activations.
     """
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
     summed = "".join(dim for dim in x_dims if dim not in y_dims)
-    if len(summed) < 2 or not (x_dims.endswith(summed) and w_dims.startswith(summed)):
+    if len(summed) < 2 or summed not in x_dims or summed not in w_dims:
         return jnp.einsum(spec, x, w)
-    x = x.reshape(*x.shape[: -len(summed)], -1)
-    w = w.reshape(-1, *w.shape[len(summed) :])
     one = summed[0]
+    x, w = _merged(x, x_dims.index(summed), len(summed)), _merged(w, w_dims.index(summed), len(summed))
     return jnp.einsum(f"{x_dims.replace(summed, one)},{w_dims.replace(summed, one)}->{y_dims}", x, w)
+
+
+def _merged(x: Array, start: int, num_dims: int) -> Array:
+    return x.reshape(*x.shape[:start], -1, *x.shape[start + num_dims :])
 
 
 def _forward(spec: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -50,7 +63,7 @@ def _forward(spec: str, x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]
 def _backward(spec: str, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = residuals
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w)
+    dx = _product(f"{y_dims},{w_dims}->{x_dims}", dy, w)
     plain = functools.partial(jnp.einsum, f"{x_dims},{y_dims}->{w_dims}")
     flat = functools.partial(_flat_weight_gradient, x_dims, w_dims, y_dims)
     if _is_flat(x_dims, w_dims, y_dims):

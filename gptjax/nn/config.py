@@ -78,6 +78,10 @@ class RopeConfig:
     fraction: float = 1.0
     scaling: RopeScaling | None = None
 
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"rope fraction={self.fraction}: expected above 0 and at most 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -123,6 +127,8 @@ class MLAConfig:
       q_latent: rank of the query compression; None projects queries directly.
       nope_head_dim, rope_head_dim: parts of a query/key head without and with rotation; the
         rotated part of the key is shared by all heads.
+      scale: multiplies the scores; None is `(nope_head_dim + rope_head_dim) ** -0.5`, times
+        `nn.rope.score_factor` of a stretched context.
     """
 
     num_heads: int

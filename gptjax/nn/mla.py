@@ -71,7 +71,7 @@ class LatentAttention(nn.Module):
             kv_segments_BS=ctx.segment_ids_BT if cache is None else None,
             causal=ctx.causal,
             window=cfg.window,
-            scale=(cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 if cfg.scale is None else cfg.scale,
+            scale=self._scale(),
         )
         o_BTNH = einsum("BTNR,RNH->BTNH", o, value_RNH) if absorbed else o
         out = Linear(
@@ -115,6 +115,12 @@ class LatentAttention(nn.Module):
         latents = Norm(cfg.norm, axis="latent", name="kv_norm")(down[..., : cfg.kv_latent])
         key = rope.rotate(down[..., None, cfg.kv_latent :], table)[:, :, 0]
         return latents, key
+
+    def _scale(self) -> float:
+        cfg = self.cfg
+        if cfg.scale is not None:
+            return cfg.scale
+        return (cfg.nope_head_dim + cfg.rope_head_dim) ** -0.5 * rope.score_factor(cfg.rope.scaling)
 
     def _up_kernels(self) -> tuple[Array, Array]:
         """Kernels from latents to keys and to values, `[R, N, H]` each; they are used in two ways."""

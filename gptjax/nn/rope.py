@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.kernels.matmul import computed_once
 from gptjax.nn.config import RopeConfig, RopeScaling
 from gptjax.types import Array
 
@@ -15,7 +16,7 @@ def tables(cfg: RopeConfig, head_dim: int, positions_BT: Array) -> tuple[Array, 
     """`(cos, sin)`, each float32 `[B, T, rotated / 2]`, of `positions * frequency`."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies(cfg, head_dim))
     factor = attention_factor(cfg.scaling)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return computed_once(jnp.cos(angles) * factor), computed_once(jnp.sin(angles) * factor)
 
 
 def rotate(x_BTNH: Array, table: tuple[Array, Array]) -> Array:
@@ -62,11 +63,22 @@ def attention_factor(scaling: RopeScaling | None) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-    return yarn_mscale(scaling.factor, 1.0)
+        return _yarn_mscale(scaling.factor, scaling.mscale) / _yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return _yarn_mscale(scaling.factor, 1.0)
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
+def score_factor(scaling: RopeScaling | None) -> float:
+    """What multiplies the scores of latent attention under DeepSeek's form of YaRN.
+
+    Only a part of each head is rotated there, so what cos and sin do not carry is put on the
+    scores: the square of the factor at `mscale_all_dim`. Source: DeepSeek-V3 `inference/model.py`.
+    """
+    if scaling is None or scaling.kind != "yarn" or not scaling.mscale_all_dim:
+        return 1.0
+    return _yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
     """`0.1 * mscale * ln(factor) + 1`, and 1 where the context is not stretched."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

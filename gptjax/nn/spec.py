@@ -42,7 +42,8 @@ class ModelSpec:
     Attributes:
       window: sliding window of the local layers; None makes every layer see all positions.
       global_every: with a window, each n-th layer sees all positions; 0: no layer does.
-      local_rope_theta: rotary base of the local layers; None is `rope_theta`.
+      local_rope_theta: rotary base of the local layers, which are then not stretched by `rope_scaling`
+        (Gemma 3); None is `rope_theta`, with the scaling.
       moe: makes the feed-forward of every `moe_every`-th layer after `first_k_dense` a mixture.
     """
 
@@ -86,6 +87,23 @@ class ModelSpec:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if not 0 <= self.first_k_dense <= self.num_layers:
             raise ValueError(f"first_k_dense={self.first_k_dense}: expected 0 to num_layers={self.num_layers}")
+        if self.global_every < 0:
+            raise ValueError(f"global_every={self.global_every}: expected at least 0")
+        self._refuse_what_has_no_effect()
+
+    def _refuse_what_has_no_effect(self) -> None:
+        rotary = {"rope_scaling", "rope_fraction", "local_rope_theta"}
+        without = {
+            "window=None": (self.window is None, {"global_every", "local_rope_theta"}),
+            "moe=None": (self.moe is None, {"moe_every", "first_k_dense"}),
+            f"position={self.position!r}": (self.position != "rope", rotary),
+            "mla, which has none of its own": (self.mla is not None, {"qk_norm", "attn_softcap", "attn_sinks"}),
+        }
+        for reason, (applies, names) in without.items():
+            idle = [f for f in dataclasses.fields(self) if f.name in names and getattr(self, f.name) != f.default]
+            if applies and idle:
+                name = idle[0].name
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {reason}; leave it off")
 
     def build(self) -> ModelConfig:
         """Expands to the grouped form; the longest repeating pattern is scanned."""
@@ -135,8 +153,10 @@ class ModelSpec:
     def _attention(self, is_global: bool) -> AttentionConfig | MLAConfig:
         rope = None
         if self.position == "rope":
-            theta = self.rope_theta if is_global else (self.local_rope_theta or self.rope_theta)
-            rope = RopeConfig(theta=theta, fraction=self.rope_fraction, scaling=self.rope_scaling)
+            own = None if is_global else self.local_rope_theta
+            rope = RopeConfig(
+                theta=own or self.rope_theta, fraction=self.rope_fraction, scaling=None if own else self.rope_scaling
+            )
         window = None if is_global else self.window
         if self.mla is not None:
             if rope is None:

@@ -68,14 +68,19 @@ def forward(
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Array:
-    """The `[V, D]` kernel that maps hidden states to logits: the embedding where it is tied."""
-    return params["embed"]["tokens"] if cfg.tie_embeddings else params["head"]["kernel"]
+    """The `[D, V]` kernel that maps hidden states to logits: the embedding where it is tied.
+
+    Outside of a loop over chunks of positions, this transposes once what XLA:CPU's products with short chunks
+    would else read across.
+    """
+    kernel_VD = params["embed"]["tokens"] if cfg.tie_embeddings else params["head"]["kernel"]
+    return jnp.swapaxes(kernel_VD, 0, 1)
 
 
-def head_logits(cfg: ModelConfig, head_VD: Array, hidden: Array) -> Array:
+def head_logits(cfg: ModelConfig, head_DV: Array, hidden: Array) -> Array:
     """Float32 logits `[..., V]` of hidden states `[..., D]`."""
     flat = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden.reshape(1, -1, hidden.shape[-1])
-    logits = einsum("BTD,VD->BTV", flat, head_VD).astype(jnp.float32)
+    logits = einsum("BTD,DV->BTV", flat, head_DV).astype(jnp.float32)
     logits = constrain(logits, "act_batch", "act_length", "act_vocab") if hidden.ndim == 3 else logits
     if cfg.logit_softcap is not None:
         logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)

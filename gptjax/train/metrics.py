@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from etils import epath
 
 from gptjax.train.hooks import Hook, Values
 
-REMOTE_FLUSH_SECONDS = 60.0
+FLUSH_SECONDS = 60.0
 
 
 class MetricsWriter(Hook):
@@ -40,8 +41,7 @@ class MetricsWriter(Hook):
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.append({"step": step} | numbers)
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.append(step, values)
 
     def close(self) -> None:
         self._file.close()
@@ -90,7 +90,7 @@ class _RemoteLines:
 
     def append(self, line: Mapping[str, Any]) -> None:
         self._lines.append(_text(line))
-        if time.monotonic() - self._written_at > REMOTE_FLUSH_SECONDS:
+        if time.monotonic() - self._written_at > FLUSH_SECONDS:
             self.close()
 
     def close(self) -> None:
@@ -112,12 +112,44 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in texts]
 
 
-def _tensorboard(directory: str, start_step: int) -> Any:
-    """A writer that hides what an interrupted run wrote past `start_step`; None where it cannot write."""
-    from tensorboardX import SummaryWriter  # noqa: PLC0415  (slow to import; only the lead host needs it)
+class _TensorBoard:
+    """TensorBoard's event files, written in the thread that asks.
 
+    `tensorboardX.SummaryWriter` hands events to a thread through a bounded queue: once a full disk has ended
+    the thread, the run waits for it forever.
+    """
+
+    def __init__(self, directory: str, start_step: int) -> None:
+        from tensorboardX import event_file_writer, record_writer  # noqa: PLC0415  (slow; only the lead host needs it)
+        from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
+
+        self._event, self._summary = event_pb2, summary_pb2
+        record_writer.directory_check(directory)
+        self._writer = event_file_writer.EventsWriter(os.path.join(directory, "events"))
+        # Hides what an interrupted run wrote past `start_step`.
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(step=start_step + 1, session_log=started))
+        self._flushed_at = -math.inf
+
+    def append(self, step: int, values: Values) -> None:
+        scalars = [self._summary.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(self._event.Event(step=step, summary=self._summary.Summary(value=scalars)))
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+
+def _tensorboard(directory: str, start_step: int) -> _TensorBoard | None:
+    """A writer; None where tensorboardX cannot write, such as to gs:// without its extra."""
     try:
-        return SummaryWriter(logdir=directory, purge_step=start_step + 1)
+        return _TensorBoard(directory, start_step)
     except ImportError as error:
         logging.warning("no TensorBoard files in %s: %s; metrics.jsonl has the same figures", directory, error)
         return None

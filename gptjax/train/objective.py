@@ -7,7 +7,8 @@ language models here minimise
     sum_t m_t (nll_t + z_loss log(Z_t)^2) + auxiliary,      weight = sum_t m_t,
 
 where `Z_t` normalises the softmax over the vocabulary at position `t` (the z-loss keeps it
-near 1; PaLM, arXiv:2204.02311, section 5) and the auxiliary terms are the routers'.
+near 1; PaLM, arXiv:2204.02311, section 5) and the auxiliary terms are the routers', which are
+sums over all tokens: where only a fraction of the tokens is a target, they are multiplied by it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ REPLACED_AT_RANDOM = 0.1
 
 
 def next_token(config: ModelConfig, *, z_loss: float = 0.0) -> Objective:
-    """Predicts each target from the tokens up to it."""
+    """Predicts each target from the tokens up to it.
+
+    Raises:
+      ValueError: for a bidirectional model, which would see what it is to predict.
+    """
+    if not config.causal:
+        raise ValueError("next_token needs a causal model: got causal=False, set causal=True in the ModelConfig")
 
     def objective(params: Params, frozen: object, batch: Batch, rng: Array, step: Array) -> Loss:
         del frozen, rng, step
@@ -81,7 +88,7 @@ def masked_lm(
             rng, batch.tokens, allowed, mask_id=mask_id, vocab_size=vocab_size, fraction=fraction
         )
         output = _forward(config, params, batch, tokens)
-        return language_loss(config, params, output, batch.tokens, hidden, z_loss=z_loss)
+        return language_loss(config, params, output, batch.tokens, hidden, z_loss=z_loss, target_fraction=fraction)
 
     return objective
 
@@ -114,8 +121,13 @@ def language_loss(
     mask_BT: Array,
     *,
     z_loss: float,
+    target_fraction: float = 1.0,
 ) -> Loss:
     """Cross-entropy of a model's output with its auxiliary losses; logits are made chunk by chunk.
+
+    Args:
+      target_fraction: of the tokens that are targets, by design; the routers' losses are weighed by it, so
+        that they are as strong beside the loss of one target as where every token is one.
 
     Metrics: `loss` (nats per target, cross-entropy alone), `accuracy`, `z_loss` where it is on,
     and those of `router_metrics`.
@@ -136,24 +148,24 @@ def language_loss(
         output.hidden_BTD,
         transformer.head_params(config, params),
         (targets_BT, mask_BT),
-        num_chunks=_num_chunks(config, targets_BT.shape),
+        num_chunks=num_chunks(config, targets_BT.shape),
     )
     weight = jnp.sum(mask_BT)
     metrics = {name: Mean(value, weight) for name, value in sums.items()}
-    metrics |= router_metrics(output.aux, weight)
-    return Loss(total + output.aux.get("loss", 0.0), weight, metrics)
+    if not output.aux:
+        return Loss(total, weight, metrics)
+    aux = {**output.aux, "loss": target_fraction * output.aux["loss"]}
+    return Loss(total + aux["loss"], weight, metrics | router_metrics(aux, weight))
 
 
 def router_metrics(aux: Mapping[str, Any], weight: Array) -> Metrics:
-    """Figures of the routers from `ModelOutput.aux`; empty for a dense model.
+    """Figures of the routers from `ModelOutput.aux` of a model with experts.
 
     `router_loss`: all auxiliary losses, per target. `router_entropy`: nats, of a router's distribution
     over experts, mean over tokens and layers. `router_dropped`: part of the assignments that
     found their expert full. `router_load/<block>`: `[layers, E]`, an expert's share of the
     assignments times E, so that 1 is an even load.
     """
-    if not aux:
-        return {}
     loads: Mapping[str, Array] = aux["load"]
     num_assignments = sum(jnp.sum(load) for load in loads.values())
     metrics = {
@@ -167,6 +179,18 @@ def router_metrics(aux: Mapping[str, Any], weight: Array) -> Metrics:
     return metrics
 
 
+def num_chunks(config: ModelConfig, shape: tuple[int, ...]) -> int:
+    """Into how many chunks to cut a batch `[B, T]`, by what one device holds of a chunk's logits."""
+    mesh = rules.current_mesh()
+    num_rows, num_parts = shape[0], 1
+    if mesh is not None:
+        num_rows = -(-num_rows // rules.axis_size(mesh, "act_batch"))
+        num_parts = rules.axis_size(mesh, "act_vocab")
+    return cross_entropy.pick_num_chunks(
+        num_rows=num_rows, seq_len=shape[1], vocab_size=-(-config.vocab_size // num_parts)
+    )
+
+
 def bidirectional(config: ModelConfig) -> ModelConfig:
     """The same model with every position seeing its whole document, as `masked_lm` needs."""
     return dataclasses.replace(config, causal=False)
@@ -178,16 +202,4 @@ def _forward(config: ModelConfig, params: Params, batch: Batch, tokens_BT: Array
         raise ValueError(f"rows of {length} tokens do not fit the model's seq_len={config.seq_len}; make them shorter")
     return transformer.forward(
         config, params, tokens_BT, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids
-    )
-
-
-def _num_chunks(config: ModelConfig, shape: tuple[int, ...]) -> int:
-    """Chunks of the sequence, by what one device holds of a chunk's logits."""
-    mesh = rules.current_mesh()
-    num_rows, num_parts = shape[0], 1
-    if mesh is not None:
-        num_rows = -(-num_rows // rules.axis_size(mesh, "act_batch"))
-        num_parts = rules.axis_size(mesh, "act_vocab")
-    return cross_entropy.pick_num_chunks(
-        num_rows=num_rows, seq_len=shape[1], vocab_size=-(-config.vocab_size // num_parts)
     )

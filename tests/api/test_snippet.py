@@ -49,7 +49,8 @@ def tokenizer():
 
 
 def arguments(**changes):
-    return TrainingArguments("out", **(dict(per_device_train_batch_size=1, max_steps=3, logging_steps=1) | changes))
+    defaults = dict(output_dir="out", per_device_train_batch_size=1, max_steps=3, logging_steps=1)
+    return TrainingArguments(**(defaults | changes))
 
 
 def trainer_of(tokenizer, *, mlm, model=None, block_size=32, **changes):
@@ -99,6 +100,15 @@ def test_masked_models_see_both_sides_and_causal_ones_do_not(tokenizer):
         model = trainer_of(tokenizer, mlm=mlm).model
         first = model(ids).logits[0, 0] - model(changed).logits[0, 0]
         assert bool(np.abs(first).max() > 1e-6) == reaches_back
+
+
+def test_a_masked_model_is_trained_on_as_a_causal_one(tokenizer):
+    trainer_of(tokenizer, mlm=True, max_steps=1).train()
+    model = GPT4LMHeadModel.from_pretrained("out")
+    assert not model.config.causal
+    trainer = trainer_of(tokenizer, mlm=False, model=model, output_dir="causal", max_steps=1)
+    trainer.train()
+    assert trainer.model.config.causal
 
 
 def test_saved_models_read_back_equal(tokenizer):

@@ -25,11 +25,11 @@ def source(tmp_path):
     return f"dir:{folder}/*.py"
 
 
-def start(workdir: Path, source: str) -> subprocess.Popen:
+def start(workdir: Path, source: str, *, minutes: float = 0.001) -> subprocess.Popen:
     environment = os.environ | {"XLA_FLAGS": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.demo", f"--workdir={workdir}", "--config=tests/e2e/tiny.py",
-         f"--source={source}", "--vocab_size=400"],
+         f"--source={source}", "--vocab_size=400", f"--train_minutes={minutes}"],
         cwd=REPOSITORY, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -55,7 +55,8 @@ def test_killed_and_started_again_it_leaves_everything(tmp_path, source):
     assert "Going on from step" in output
 
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["step"] == 40
+    assert summary["step"] == json.loads((workdir / "plan.json").read_text())["num_steps"] == 40
+    assert not (workdir / "trial").exists()
     assert 0.9 < summary["train_tokens"] / (40 * 8 * 64) <= 1  # the last row of an epoch is not full
     assert {"model", "gzip", "bz2", "xz", "xz_given_train"} <= summary["bits_per_byte"].keys()
     assert all(value > 0 for value in summary["bits_per_byte"].values())
@@ -74,3 +75,7 @@ def test_killed_and_started_again_it_leaves_everything(tmp_path, source):
     assert json.loads((workdir / "summary.json").read_text())["wall_seconds"] == pytest.approx(
         summary["wall_seconds"], rel=0.2
     )
+
+    refused = start(workdir, source, minutes=7)
+    assert "planned for 0.001 minutes, got --train_minutes=7" in refused.communicate()[0].decode()
+    assert refused.returncode == 2

@@ -1,5 +1,6 @@
 """Evaluation sums against forward passes by hand, over windows, packing and meshes."""
 
+import dataclasses
 import functools
 import math
 
@@ -117,6 +118,12 @@ def test_masked_targets_do_not_count(model):
 def test_nothing_to_score_is_an_error(model):
     with pytest.raises(ValueError, match="at least one target"):
         perplexity.evaluate(*model, [])
+
+
+def test_a_model_that_sees_its_targets_is_refused(model):
+    cfg, params = model
+    with pytest.raises(ValueError, match="causal=False"):
+        perplexity.evaluate(dataclasses.replace(cfg, causal=False), params, [])
 
 
 def test_formulas():

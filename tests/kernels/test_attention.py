@@ -113,6 +113,43 @@ def test_chunks_change_nothing(case, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
 
 
+def _line_by_line(q, k, v, mask, *, scale, softcap=None, sinks_N=None):
+    """The formula in jnp, for JAX to differentiate."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    weights = jnp.where(mask[:, None], jnp.exp(scores), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    total = total if sinks_N is None else total + jnp.exp(sinks_N)[:, None, None]
+    return jnp.einsum("BNTS,BSNH->BTNH", weights / jnp.where(total > 0, total, 1.0), v)
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_gradients_match_automatic_differentiation(case):
+    q, k, v = _operands(v_dim=6)
+    positions, segments = _packed(2, 12)
+    options = dict(_CASES[case])
+    sinks = options.pop("sinks_N", None)
+    where = dict(q_segments_BT=segments, kv_segments_BS=segments, causal=options["causal"], window=options["window"])
+    mask = attention_lib.allowed(positions, positions, **where)
+    softcap = options.get("softcap")
+
+    def gradients(fn):
+        wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        loss = jax.value_and_grad(lambda *operands: jnp.sum(jnp.sin(fn(*operands))), wanted)
+        return jax.jit(loss)(q, k, v, sinks)
+
+    got = gradients(
+        lambda q, k, v, sinks: attention(
+            q, k, v, q_positions_BT=positions, kv_positions_BS=positions, scale=0.3, softcap=softcap, sinks_N=sinks,
+            **where,
+        )
+    )  # fmt: skip
+    want = gradients(lambda q, k, v, sinks: _line_by_line(q, k, v, mask, scale=0.3, softcap=softcap, sinks_N=sinks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), got, want)
+
+
 def test_gradients_match_finite_differences():
     q, k, v = _operands(batch=1, length=4, heads=2, kv_heads=1, head_dim=3, v_dim=3)
     positions = jnp.arange(4)[None]

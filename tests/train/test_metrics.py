@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -73,3 +75,17 @@ def test_json_is_replaced_whole(tmp_path):
     metrics.write_json(tmp_path / "a" / "summary.json", {"x": 2})
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == {"x": 2}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["summary.json"]
+
+
+def test_a_full_disk_ends_the_run_and_does_not_hang_it(tmp_path):
+    script = f"""
+import resource
+from gptjax.train.metrics import MetricsWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+writer = MetricsWriter({str(tmp_path)!r}, start_step=0)
+writer._file.append = lambda line: None
+for step in range(10_000):
+    writer.on_values(step, {{"loss": 1.0}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "File too large" in done.stderr

@@ -231,6 +231,23 @@ def test_masked_lm_looks_both_ways_and_within_the_document():
     np.testing.assert_array_equal(sees, batch.segment_ids[0] == 1)
 
 
+def test_auxiliary_losses_are_as_strong_beside_a_target_where_few_tokens_are_targets():
+    cfg, batch = moe(z_loss=0.01), packed_batch(rows=16)
+    params, num_tokens = init(cfg), (batch.segment_ids > 0).sum()
+    causal = loss_of(objectives.next_token(cfg), params, batch)
+    loss = loss_of(masked(objectives.bidirectional(cfg))[1], params, batch)
+    per_token = causal.metrics["router_loss"].total / num_tokens
+    # Of the expected number of targets; hidden tokens and later ones that are seen change the routing a little.
+    per_target = loss.metrics["router_loss"].total / (objectives.MASKED_FRACTION * num_tokens)
+    np.testing.assert_allclose(per_target, per_token, rtol=0.1)
+    np.testing.assert_allclose(loss.total - loss.metrics["loss"].total, loss.metrics["router_loss"].total, rtol=1e-4)
+
+
+def test_next_token_refuses_a_model_that_sees_its_targets():
+    with pytest.raises(ValueError, match="set causal=True"):
+        objectives.next_token(objectives.bidirectional(model()))
+
+
 def test_masked_lm_refuses_a_causal_model_and_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="set causal=False"):
         masked(model())

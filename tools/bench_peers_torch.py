@@ -1,22 +1,20 @@
-"""The process that measures another library for `tools/bench.py`; needs torch and nothing of gptjax.
+"""The process that measures a torch library for `tools/bench.py`; needs torch and nothing of gptjax.
 
-Usage: bench_peers.py transformers|nanogpt <checkout of nanoGPT or empty> <task as JSON>
+Usage: bench_peers_torch.py transformers|nanogpt <checkout of nanoGPT or empty> <task as JSON>
+
+In float32, eager and without dropout, as both run on a CPU unless told otherwise. nanoGPT brings its
+own AdamW, which is torch's fused one only on a GPU; transformers is given the fused one.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-STARTED = time.perf_counter()
-
-import torch  # noqa: E402
-
-_MIN_MEASUREMENT_SECONDS = 0.2
+import bench_worker
+import torch
 
 
 def main() -> None:
@@ -24,27 +22,9 @@ def main() -> None:
     torch.manual_seed(0)
     model, optimizer, loss_fn = _nanogpt(task, checkout) if peer == "nanogpt" else _transformers(task)
     run = _decoding(task, model) if "new_tokens" in task else _training(task, model, optimizer, loss_fn)
-    run()
-    _answer(first_step_seconds=time.perf_counter() - STARTED)
-    run()
-    start = time.perf_counter()
-    run()
-    repeats = max(1, round(_MIN_MEASUREMENT_SECONDS / (time.perf_counter() - start)))
-    for request in sys.stdin:
-        if request.strip() == "finish":
-            break
-        wall, processor = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
-            run()
-        _answer(
-            wall_seconds=(time.perf_counter() - wall) / repeats,
-            processor_seconds=(time.process_time() - processor) / repeats,
-        )
-    _answer(peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def _answer(**values: float) -> None:
-    print(json.dumps(values), flush=True)
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    packages = ("torch",) if peer == "nanogpt" else ("torch", "transformers")
+    bench_worker.serve(run, num_params=num_params, packages=packages)
 
 
 def _nanogpt(task: dict[str, Any], checkout: str) -> tuple[Any, Any, Callable]:
@@ -103,7 +83,7 @@ def _transformers(task: dict[str, Any]) -> tuple[Any, Any, Callable]:
     return model, optimizer, lambda x, y: model(input_ids=x, labels=y).loss
 
 
-def _training(task: dict[str, Any], model: Any, optimizer: Any, loss_fn: Callable) -> Callable[[], None]:
+def _training(task: dict[str, Any], model: Any, optimizer: Any, loss_fn: Callable) -> bench_worker.Run:
     tokens = torch.randint(0, task["vocab_size"], (task["batch_size"], task["seq_len"]))
     targets = torch.roll(tokens, -1, 1)
     model.train()
@@ -118,15 +98,20 @@ def _training(task: dict[str, Any], model: Any, optimizer: Any, loss_fn: Callabl
     return run
 
 
-def _decoding(task: dict[str, Any], model: Any) -> Callable[[], None]:
+def _decoding(task: dict[str, Any], model: Any) -> bench_worker.Run:
     prompts = torch.randint(0, task["vocab_size"], (task["batch_size"], task["prompt_tokens"]))
-    mask = torch.ones_like(prompts)
     length = dict(max_new_tokens=task["new_tokens"], min_new_tokens=task["new_tokens"])
+    options = dict(do_sample=False, use_cache=True, return_dict_in_generate=True, pad_token_id=0, **length)
     model.eval()
 
     def run() -> None:
         with torch.inference_mode():
-            model.generate(prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
+            output = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        cache = output["cache" if "cache" in output else "past_key_values"]  # The older name.
+        # The last token is chosen and never read, so it has no place in the cache.
+        cached = cache.get_seq_length()
+        expected = task["prompt_tokens"] + task["new_tokens"] - 1
+        assert cached == expected, f"generate cached {cached} positions, expected {expected}: no fair comparison"
 
     return run
 
