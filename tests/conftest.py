@@ -52,7 +52,19 @@ def bucket(tmp_path, monkeypatch):
     """The address of an empty bucket that is not there: its files lie in the test's directory.
 
     etils, asked to take gs:// for the local file system, opens `gs://bucket/x` as a relative path.
+    As in a bucket, a directory is there as long as a file is in it, and need not be made.
     """
     monkeypatch.chdir(tmp_path)
-    with epath.testing.mock_epath():
+
+    def open_file(original, path, mode):
+        if "r" not in mode:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return original(path, mode)
+
+    with epath.testing.mock_epath(
+        open=open_file,
+        exists=lambda original, path: os.path.isfile(path) or any(names for *_, names in os.walk(path)),
+        mkdir=lambda original, path, **options: None,
+        makedirs=lambda original, path, **options: None,
+    ):
         yield "gs://bucket"

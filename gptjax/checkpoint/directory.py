@@ -46,6 +46,8 @@ def _commits_by_mark(path: epath.Path) -> bool:
 
 def remove_uncommitted(directory: epath.Path) -> None:
     """Removes what no one will complete; only for the one who writes there."""
+    if not directory.exists():  # on gs:// a directory without files is none, even when it was just made
+        return
     for path in directory.iterdir():
         if _UNCOMMITTED in path.name or (path.name.isdigit() and not is_committed(path)):
             logging.warning("%s: is incomplete, as saving or removing it was interrupted; removed.", path)

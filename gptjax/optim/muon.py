@@ -57,10 +57,9 @@ def scale_by_muon(
         direction = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, mu, grads) if nesterov else mu
 
         def orthogonal(key_path: tuple[Any, ...], x: Array) -> Array:
-            layout = layouts[path_of(key_path)]
-            x_BMN = as_matrices(x, layout)
-            factor = _scale(scale, rows=x_BMN.shape[1], columns=x_BMN.shape[2])
-            return (factor * orthogonalize(x_BMN)).reshape(x.shape)
+            matrices = as_matrices(x, layouts[path_of(key_path)])
+            factor = _scale(scale, rows=matrices.shape[-2], columns=matrices.shape[-1])
+            return (factor * orthogonalize(matrices)).reshape(x.shape)
 
         return jax.tree_util.tree_map_with_path(orthogonal, direction), MuonState(mu)
 
@@ -68,25 +67,29 @@ def scale_by_muon(
 
 
 def as_matrices(x: Array, layout: MatrixLayout) -> Array:
-    """The array as `[batch, rows, columns]`; rows are inputs, columns outputs."""
-    batch = x.shape[: layout.num_batch_axes]
-    rows = x.shape[layout.num_batch_axes :][: layout.num_input_axes]
-    return x.reshape(math.prod(batch), math.prod(rows), -1)
+    """The array as `[*batch, rows, columns]`; rows are inputs, columns outputs.
+
+    The batch axes stay as they are: merged with layers, experts that are spread over devices would
+    have to be gathered.
+    """
+    split = layout.num_batch_axes + layout.num_input_axes
+    rows = math.prod(x.shape[layout.num_batch_axes : split])
+    return x.reshape(*x.shape[: layout.num_batch_axes], rows, math.prod(x.shape[split:]))
 
 
-def orthogonalize(x_BMN: Array) -> Array:
-    """Newton-Schulz on each matrix of the batch; float32 in and out.
+def orthogonalize(x: Array) -> Array:
+    """Newton-Schulz on each matrix of `[..., rows, columns]`; float32 in and out.
 
     Products are in bfloat16, which is enough for an approximate orthogonalization, but on
     CPU, where bfloat16 is slower, in float32.
     """
-    norm = jnp.sqrt(jnp.sum(jnp.square(x_BMN), axis=(1, 2), keepdims=True))
-    x_BMN = x_BMN / (norm + 1e-8)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+    x = x / (norm + 1e-8)
     # NS(X^T) = NS(X)^T: the Gram matrix is on the shorter side.
-    tall = x_BMN.shape[1] > x_BMN.shape[2]
-    x = jnp.swapaxes(x_BMN, 1, 2) if tall else x_BMN
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -2, -1) if tall else x
     x = jax.lax.platform_dependent(x, cpu=_newton_schulz_cpu, default=_newton_schulz_bf16)
-    return jnp.swapaxes(x, 1, 2) if tall else x
+    return jnp.swapaxes(x, -2, -1) if tall else x
 
 
 def _newton_schulz(x: Array) -> Array:
@@ -117,7 +120,9 @@ def _newton_schulz_gram(x: Array) -> Array:
 
 def _newton_schulz_cpu(x: Array) -> Array:
     # One matrix at a time is as fast as a batched product here, and its intermediates stay in cache.
-    return jax.lax.map(_newton_schulz_gram if x.shape[2] >= 2 * x.shape[1] else _newton_schulz, x)
+    *batch, rows, columns = x.shape
+    one = _newton_schulz_gram if columns >= 2 * rows else _newton_schulz
+    return jax.lax.map(one, x.reshape(math.prod(batch), rows, columns)).reshape(x.shape)
 
 
 def _newton_schulz_bf16(x: Array) -> Array:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.nn import block, cache, transformer
-from tests.nn.zoo import ZOO, build
+from gptjax.nn import block, cache, linear, transformer
+from gptjax.nn.config import ModelConfig
+from tests.nn.zoo import TINY, ZOO, build
 
 LENGTH = 12
 TOKENS_BT = jnp.arange(2 * LENGTH, dtype=jnp.int32).reshape(2, LENGTH)
@@ -163,3 +164,10 @@ def test_bfloat16_is_near_float32():
     half, _ = forward(dataclasses.replace(cfg, dtype="bfloat16"), params, TOKENS_BT)
     assert half.dtype == jnp.float32
     assert 1e-6 < float(jnp.abs(half - full).mean()) < 0.05
+
+
+def test_parameters_are_float32_and_activations_bfloat16_but_on_cpu():
+    cfg = TINY.build()
+    assert {leaf.dtype for leaf in jax.tree.leaves(transformer.abstract_params(cfg))} == {jnp.dtype("float32")}
+    kinds = {platform: linear.compute_dtype(ModelConfig.dtype, platform) for platform in ("cpu", "gpu", "tpu")}
+    assert kinds == {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}

@@ -7,6 +7,8 @@ import pytest
 
 from gptjax.optim import muon
 from gptjax.optim.groups import MatrixLayout
+from gptjax.parallel import rules
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 PLAIN = MatrixLayout(0, 1)
 
@@ -79,7 +81,7 @@ def test_equals_optax_on_a_plain_matrix(shape):
     step = jax.jit(theirs.update)
     for grad in grads:
         expected, state = step({"w": grad}, state, params)
-    np.testing.assert_allclose(-updates(PLAIN, grads, nesterov=False), expected["w"], atol=2e-4)
+    np.testing.assert_allclose(-updates(PLAIN, grads, nesterov=False), expected["w"], atol=5e-6)
 
 
 def test_spectral_scale_equals_optax_first_nesterov_step():
@@ -87,7 +89,7 @@ def test_spectral_scale_equals_optax_first_nesterov_step():
     theirs = optax.contrib.muon(learning_rate=1.0)
     params = {"w": normal(12, 20, seed=9)}
     expected, _ = jax.jit(theirs.update)({"w": grads[0]}, theirs.init(params), params)
-    np.testing.assert_allclose(-updates(PLAIN, grads, scale="spectral"), expected["w"], atol=2e-4)
+    np.testing.assert_allclose(-updates(PLAIN, grads, scale="spectral"), expected["w"], atol=5e-6)
 
 
 def test_nesterov_step_by_hand():
@@ -122,6 +124,18 @@ def test_iterating_on_the_gram_matrix_is_the_same(rank):
     x /= np.linalg.norm(x)
     plain, gram = jax.jit(muon._newton_schulz)(x), jax.jit(muon._newton_schulz_gram)(x)
     np.testing.assert_allclose(gram, plain, atol=1e-3 * np.max(np.abs(plain)))
+
+
+def test_experts_on_other_devices_are_not_gathered():
+    layout = MatrixLayout(2, 1)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=8, context=1, tensor=1))
+    place = rules.sharding(mesh, ("layers", "experts", "embed", "mlp"), (2, 8, 16, 24))
+
+    def on_accelerators(x):
+        return muon._newton_schulz_bf16(muon.as_matrices(x, layout)).reshape(x.shape)
+
+    x = jax.ShapeDtypeStruct((2, 8, 16, 24), np.float32, sharding=place)
+    assert "all-gather" not in jax.jit(on_accelerators, out_shardings=place).lower(x).compile().as_text()
 
 
 def test_momentum_is_like_the_parameters():
