@@ -27,6 +27,9 @@ def _set_environment() -> None:
         os.environ["XLA_FLAGS"] = flags
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={NUM_DEVICES}".strip()
+    # XLA:CPU runs independent collectives of a device side by side and blocks a thread in each: with one thread a
+    # device, two all-reduces that devices enter in different order wait for each other for ever, now and then.
+    os.environ.setdefault("NPROC", str(4 * NUM_DEVICES))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache.directory()))
     # Tests compile thousands of small programs, below JAX's thresholds for being worth storing.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -105,10 +105,7 @@ def _softmax_nll_forward(logits: Array, targets: Array) -> tuple[Any, Any]:
         logits, targets, peak, cpu=_sums_by_products, default=_sums_by_reductions
     )
     log_z = peak + jnp.log(total)
-    vocab = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    # The first of equal logits counts as the highest. Two maxima are cheaper than an argmax on CPU.
-    highest_before = rows.row_max(jnp.where(vocab < targets[..., None], logits, -jnp.inf))
-    correct = (target_logit >= peak) & (highest_before < target_logit)
+    correct = rows.is_first_highest(logits, targets, target_logit, peak)
     return (log_z - target_logit, log_z, correct.astype(jnp.float32)), (kept, targets, peak, total)
 
 

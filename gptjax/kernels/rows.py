@@ -25,6 +25,22 @@ def row_max(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=_halving_max, default=lambda x: x.max(axis=-1))
 
 
+def is_first_highest(x: Array, index: Array, value: Array, peak: Array) -> Array:
+    """Whether `argmax(x) == index`, bool `[...]`.
+
+    Args:
+      x: `[..., V]`.
+      index: int `[...]`, the element asked for.
+      value: `[...]`, that element.
+      peak: `[...]`, `row_max(x)`.
+    """
+    if rules.current_mesh() is not None:
+        return jnp.argmax(x, axis=-1) == index
+    before = jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) < index[..., None]
+    # The largest of those before it decides between equals. Two maxima are far cheaper than an argmax on CPU.
+    return (value >= peak) & (row_max(jnp.where(before, x, -jnp.inf)) < value)
+
+
 def row_sum(x: Array) -> Array:
     """The float32 sum of each row, `[..., V] -> [...]`."""
     ones = jnp.ones(x.shape[-1], x.dtype)
