@@ -43,8 +43,8 @@ class Stages:
         command = [sys.executable, "-m", f"experiments.{name}", *arguments]
         print(f"\n--- {shlex.join(command[1:])}", flush=True)
         began = time.perf_counter()
-        inherited = {"pass_fds": [self._lock.fileno()], "env": cpu.start_environment()}
-        with subprocess.Popen(command, **inherited) as process, _signals_to(process):
+        environment, lock = cpu.start_environment(), [self._lock.fileno()]
+        with subprocess.Popen(command, pass_fds=lock, env=environment) as process, _signals_to(process):
             status = process.wait()
         if status:
             hint = "" if status == common.FAILED else "; start the same command again to go on"
