@@ -284,4 +284,5 @@ def test_the_loader_wait_is_measured():
     recorder = Recorder()
     loop.run_steps(fake_step([]), FakeState(), slow(), num_steps=4, log_every=2, hooks=[recorder])
     waits = [values["loader_wait_seconds"] for _, values in recorder.lines]
-    assert all(0.015 < wait < 0.2 for wait in waits)
+    # Seconds, not milliseconds; a busy machine sleeps longer than it was asked to.
+    assert all(0.015 < wait < 2 for wait in waits)
