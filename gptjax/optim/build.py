@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.optim import adafactor, ema, groups, guard, muon, schedule
+from gptjax.kernels.rows import norm
+from gptjax.optim import adafactor, adam, ema, groups, guard, muon, schedule
 from gptjax.optim.groups import GroupConfig, Treatment
 from gptjax.types import Array, Params
 
@@ -120,9 +121,9 @@ def build(
     tx = guard.guard(
         inner,
         sigma=cfg.skip_sigma,
-        norm_fn=lambda grads: optax.tree.norm(_clipped_leaves(grads, treatments)),
+        norm_fn=lambda grads: norm(_clipped_leaves(grads, treatments)),
         # Gradients of frozen parameters are not read, so that XLA need not compute them.
-        finite_fn=lambda grads: jnp.isfinite(optax.tree.norm(_leaves(grads, lambda p: not treatments[p].freeze))),
+        finite_fn=lambda grads: jnp.isfinite(norm(_leaves(grads, lambda p: not treatments[p].freeze))),
     )
     if cfg.ema_decay:
         tx = ema.ema(tx, decay=cfg.ema_decay, averaged_fn=lambda path: not treatments[path].freeze)
@@ -135,8 +136,7 @@ def _clip(clip_norm: float | None, treatments: Mapping[str, Treatment]) -> optax
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if clip_norm is None:
             return grads
-        norm = optax.tree.norm(_clipped_leaves(grads, treatments))
-        factor = clip_norm / jnp.maximum(norm, clip_norm)
+        factor = clip_norm / jnp.maximum(norm(_clipped_leaves(grads, treatments)), clip_norm)
         return _map_with_path(lambda path, g: g * factor if _is_clipped(treatments[path]) else g, grads)
 
     return optax.stateless(clip)
@@ -148,10 +148,10 @@ def _directions(
     layouts = {path: t.layout for path, t in treatments.items()}
     matrices = {path: t.layout for path, t in treatments.items() if t.kind == "matrix" and t.layout}
     main = {
-        "adamw": lambda: optax.scale_by_adam(cfg.b1, cfg.b2),
-        "muon": lambda: optax.scale_by_adam(cfg.b1, cfg.b2),
-        "lion": lambda: optax.scale_by_lion(cfg.b1, cfg.b2),
-        "adafactor": lambda: _adafactor(cfg, layouts),
+        "adamw": lambda: adam.scale_by_adam(cfg.b1, cfg.b2),
+        "muon": lambda: adam.scale_by_adam(cfg.b1, cfg.b2),
+        "lion": lambda: guard.keeping(optax.scale_by_lion(cfg.b1, cfg.b2)),
+        "adafactor": lambda: guard.keeping(_adafactor(cfg, layouts)),
     }[cfg.name]()
 
     def label(path: str) -> str:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.kernels import rows
 from gptjax.types import Array, Params
 
 WINDOW = 128
@@ -63,10 +64,12 @@ def guard(
     inner: optax.GradientTransformation,
     *,
     sigma: float | None,
-    norm_fn: Callable[[Params], Array] = optax.tree.norm,
-    finite_fn: Callable[[Params], Array] = lambda grads: jnp.isfinite(optax.tree.norm(grads)),
+    norm_fn: Callable[[Params], Array] = rows.norm,
+    finite_fn: Callable[[Params], Array] = lambda grads: jnp.isfinite(rows.norm(grads)),
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps `inner`, whose update gets `step` as an extra argument.
+    """Wraps `inner`, whose update gets two extra arguments: `step`, and a `keep` that is false where the step is skipped.
+
+    `inner` has to leave its own state as it is then (`keeping` makes that of any transformation).
 
     The update takes `loss=` (a scalar) as an extra argument; without it only gradients are judged.
 
@@ -95,10 +98,9 @@ def guard(
                 spike |= _is_spike(judged_loss, state.losses, num_seen, sigma)
         keep = finite & ~spike
 
-        updates, new_inner = wrapped.update(grads, state.inner, params, step=state.step, **extra)
+        updates, new_inner = wrapped.update(grads, state.inner, params, step=state.step, keep=keep, **extra)
         # where, not cond: it fuses into the update and lets donated buffers be reused.
         updates = jax.tree.map(lambda u: jnp.where(keep, u, jnp.zeros_like(u)), updates)
-        new_inner = jax.tree.map(lambda new, old: jnp.where(keep, new, old), new_inner, state.inner)
         slot = num_seen % WINDOW
         return updates, GuardState(
             inner=new_inner,
@@ -113,6 +115,19 @@ def guard(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def keeping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state stays as it is where the extra argument `keep` is false."""
+    wrapped = optax.with_extra_args_support(inner)
+
+    def update(
+        grads: Params, state: Any, params: Params | None = None, *, keep: Array, **extra: Any
+    ) -> tuple[Params, Any]:
+        updates, new = wrapped.update(grads, state, params, **extra)
+        return updates, jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def stats(opt_state: Any) -> GuardStats:

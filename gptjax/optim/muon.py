@@ -41,8 +41,10 @@ class MuonState(NamedTuple):
 
 def scale_by_muon(
     layouts: Mapping[str, MatrixLayout], *, momentum: float = 0.95, scale: Scale = "match_rms", nesterov: bool = True
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Orthogonalized momentum, ascending: the caller multiplies by minus the learning rate.
+
+    As in `optim.adam`, a step that `keep` is false for leaves the momentum alone.
 
     Args:
       layouts: by parameter path; layers and experts of one array are independent matrices.
@@ -51,9 +53,11 @@ def scale_by_muon(
     def init(params: Params) -> MuonState:
         return MuonState(mu=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
 
-    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
-        del params
-        mu = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, state.mu, grads)
+    def update(
+        grads: Params, state: MuonState, params: Params | None = None, *, keep: Array, **extra: Any
+    ) -> tuple[Params, MuonState]:
+        del params, extra
+        mu = jax.tree.map(lambda m, g: jnp.where(keep, momentum * m + (1.0 - momentum) * g, m), state.mu, grads)
         direction = jax.tree.map(lambda m, g: momentum * m + (1.0 - momentum) * g, mu, grads) if nesterov else mu
 
         def orthogonal(key_path: tuple[Any, ...], x: Array) -> Array:
@@ -63,7 +67,7 @@ def scale_by_muon(
 
         return jax.tree_util.tree_map_with_path(orthogonal, direction), MuonState(mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def as_matrices(x: Array, layout: MatrixLayout) -> Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gptjax.kernels import rows
 from gptjax.optim import guard
 from gptjax.parallel import rules
 from gptjax.train.state import TrainState, shardings_of
@@ -58,7 +59,7 @@ def train_step(
 
     Microbatch `i` of step `k` draws from `fold_in(fold_in(key(seed), k), i)`. Metrics, besides the
     objective's own: `learning_rate`, `tokens` (those of a document, padding aside), the 2-norms
-    `grad_norm` (before clipping, of what is clipped), `param_norm` and `update_norm`, and from the
+    `grad_norm` (before clipping, of what is clipped) and `param_norm`, and from the
     guard `skipped` (1 if this step changed nothing) and `skipped_steps` (so far).
 
     Args:
@@ -86,8 +87,7 @@ def train_step(
             "tokens": sums.tokens,
             "learning_rate": optimizer.schedule(state.step),
             "grad_norm": after.grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params),
+            "param_norm": rows.norm(params),
             "skipped": 1 - (after.applied - before.applied),
             "skipped_steps": after.nonfinite + after.spikes,
         }

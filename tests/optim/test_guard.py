@@ -15,7 +15,7 @@ class Run:
     """A guarded Adam, fed one gradient (and loss) at a time."""
 
     def __init__(self, sigma=None, inner=None):
-        self.tx = guard.guard(inner or optax.adam(0.1), sigma=sigma)
+        self.tx = guard.guard(guard.keeping(inner or optax.adam(0.1)), sigma=sigma)
         self.state = self.tx.init(PARAMS)
         self.step = jax.jit(lambda grads, state, loss: self.tx.update(grads, state, PARAMS, loss=loss))
 
@@ -119,7 +119,7 @@ def test_the_wrapped_transformation_sees_every_step_counted():
 
 
 def test_the_loss_is_optional():
-    tx = guard.guard(optax.sgd(1.0), sigma=6.0)
+    tx = guard.guard(guard.keeping(optax.sgd(1.0)), sigma=6.0)
     update, state = tx.update({"w": jnp.full((4,), 2.0)}, tx.init(PARAMS), PARAMS)
     np.testing.assert_array_equal(update["w"], -2.0)
     assert guard.stats(state).applied == 1

@@ -18,7 +18,7 @@ def updates(layout, grads, **settings):
     tx = muon.scale_by_muon({"w": layout}, **settings)
     state = jax.eval_shape(tx.init, {"w": grads[0]})
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
-    step = jax.jit(tx.update)
+    step = jax.jit(lambda grads, state: tx.update(grads, state, keep=True))
     for grad in grads:
         update, state = step({"w": grad}, state)
     return update["w"]

@@ -101,7 +101,7 @@ def test_training_lowers_the_loss_and_logs_the_first_the_last_and_every_nth():
     assert recorder.losses[-1][1] < recorder.losses[0][1]
     assert (result.step, result.outcome, recorder.closed) == (23, "finished", True)
     assert int(result.state.step) == 23
-    names = {"loss", "grad_norm", "param_norm", "update_norm", "learning_rate", "tokens", "loader_wait_seconds"}
+    names = {"loss", "grad_norm", "param_norm", "learning_rate", "tokens", "loader_wait_seconds"}
     assert names | {"tokens_per_second", "step_seconds"} <= set(result.values)
 
 

@@ -27,7 +27,7 @@ def optimizer(learning_rate: float = 0.05) -> ToyOptimizer:
 
 
 def guarded(tx: optax.GradientTransformation, learning_rate: float) -> ToyOptimizer:
-    return ToyOptimizer(guard.guard(tx, sigma=None), optax.constant_schedule(learning_rate))
+    return ToyOptimizer(guard.guard(guard.keeping(tx), sigma=None), optax.constant_schedule(learning_rate))
 
 
 def init(rng):
