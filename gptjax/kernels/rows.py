@@ -16,7 +16,7 @@ from gptjax.types import Array, Params
 # What is left after halving is as wide as a vector register.
 _VECTOR = 16
 # What is summed elementwise at a time, so that it stays in the cache.
-_BLOCK = 16 * 1024
+_BLOCK = 64 * 1024
 
 
 def row_max(x: Array) -> Array:
@@ -47,6 +47,44 @@ def row_sum(x: Array) -> Array:
     """The float32 sum of each row, `[..., V] -> [...]`."""
     ones = jnp.ones(x.shape[-1], x.dtype)
     return jnp.einsum("...v,v->...", x, ones, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def scale_rows(x: Array, scale: Array) -> Array:
+    """`x * scale` of `[..., D]` and `[D]`, differentiable in reverse mode only."""
+    return x * scale
+
+
+def _scale_rows_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    return (g * scale).astype(x.dtype), _column_sum(g * x).astype(scale.dtype)
+
+
+scale_rows.defvjp(lambda x, scale: (x * scale, (x, scale)), _scale_rows_backward)
+
+
+@jax.custom_vjp
+def add_to_rows(x: Array, bias: Array) -> Array:
+    """`x + bias` of `[..., D]` and `[D]` in the dtype of `x`, differentiable in reverse mode only."""
+    return x + bias.astype(x.dtype)
+
+
+add_to_rows.defvjp(
+    lambda x, bias: (x + bias.astype(x.dtype), jnp.empty_like(bias)),
+    lambda bias, g: (g, _column_sum(g).astype(bias.dtype)),
+)
+
+
+def _column_sum(x: Array) -> Array:
+    """`[..., D] -> [D]`."""
+    if rules.current_mesh() is not None:
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+    flat = x.reshape(-1, x.shape[-1])
+
+    def product(flat: Array) -> Array:
+        return jnp.ones(flat.shape[0], flat.dtype) @ flat
+
+    return jax.lax.platform_dependent(flat, cpu=product, default=lambda flat: flat.sum(0))
 
 
 def norm(tree: Params) -> Array:
