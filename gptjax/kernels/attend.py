@@ -110,8 +110,9 @@ def _backward(scale: float, softcap: float | None, num_groups: int, saved: _Resi
         d_scores = d_scores * saved.slope_BKXS
     d_scores = d_scores.astype(dtype)
     d_q = _product("BKXS,BKSH->BKXH", d_scores, saved.k_BKSH)
-    d_k = _product("BKXS,BKXH->BKSH", d_scores, saved.q_BKXH)
-    d_v = _product("BKXS,BKXH->BKSH", saved.weights_BKXS, g_BKXH)
+    # Scores second: XLA:CPU is about 1.5 times faster at [H, X] by [X, S] than at its transpose.
+    d_k = jnp.swapaxes(_product("BKXH,BKXS->BKHS", saved.q_BKXH, d_scores), 2, 3)
+    d_v = jnp.swapaxes(_product("BKXH,BKXS->BKHS", g_BKXH, saved.weights_BKXS), 2, 3)
     d_sinks = None
     if saved.sinks_BKX1 is not None:
         d_BKX = -(saved.sinks_BKX1 * delta_BKX1)[..., 0]
