@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gptjax.kernels.activations import gelu_tanh, swiglu
 from gptjax.nn.config import GATED_ACTIVATIONS, MLPConfig
 from gptjax.nn.linear import Linear
 from gptjax.parallel.rules import constrain
@@ -15,16 +16,16 @@ from gptjax.types import Array
 
 _POINTWISE: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
+    "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
-_GATES: dict[str, Callable[[Array], Array]] = {
-    "swiglu": jax.nn.silu,
-    "geglu": _POINTWISE["gelu"],
-    "geglu_tanh": jax.nn.gelu,
-    "reglu": jax.nn.relu,
+_GATED: dict[str, Callable[[Array, Array], Array]] = {
+    "swiglu": swiglu,
+    "geglu": lambda gate, up: _POINTWISE["gelu"](gate) * up,
+    "geglu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "reglu": lambda gate, up: jax.nn.relu(gate) * up,
 }
 # gpt-oss (model card, section 2.2): gate and up are clamped, the sigmoid is sharpened and up shifted.
 _CLAMP, _SHARPNESS = 7.0, 1.702
@@ -42,7 +43,7 @@ def activate(activation: str, up: Array, gate: Array | None) -> Array:
     if activation == "swiglu_clamped":
         gate, up = jnp.minimum(gate, _CLAMP), jnp.clip(up, -_CLAMP, _CLAMP)
         return gate * jax.nn.sigmoid(_SHARPNESS * gate) * (up + 1)
-    return _GATES[activation](gate) * up
+    return _GATED[activation](gate, up)
 
 
 class MLP(nn.Module):
