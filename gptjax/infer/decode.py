@@ -104,9 +104,7 @@ def decode(
 
     def step(state: DecodeState) -> DecodeState:
         positions_B1 = jnp.where(state.done_B, -1, state.position_B)[:, None]
-        output = transformer.forward(
-            cfg, params, state.last_B[:, None], positions_BT=positions_B1, cache=state.cache
-        )
+        output = transformer.forward(cfg, params, state.last_B[:, None], positions_BT=positions_B1, cache=state.cache)
         draw = _draw(cfg, params, output.hidden_BTD[:, 0], state, sampling)
         return _append(dataclasses.replace(state, cache=output.cache), draw, eos_ids)
 

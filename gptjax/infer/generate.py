@@ -146,9 +146,7 @@ class _Run:
         tokens_BT = np.zeros((len(prompts), _bucket(max(lengths))), np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        self._sampling = per_row(
-            [config.sampling] * len(prompts), vocab_size=config.vocab_size or cfg.vocab_size
-        )
+        self._sampling = per_row([config.sampling] * len(prompts), vocab_size=config.vocab_size or cfg.vocab_size)
         self._eos_ids = np.array(config.eos_ids, np.int32)
         self._state = decode.prefill(
             self._cfg,

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from gptjax.kernels.grouped import place
 from gptjax.nn.config import MoEConfig
 from gptjax.nn.linear import einsum, grouped
 from gptjax.nn.mlp import activate
@@ -121,23 +122,20 @@ def _dropless(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Arra
     mine_M = (expert_M >= 0) & (expert_M < num_local)
     # Assignments to experts elsewhere sort behind all groups, where the product gives zeros.
     expert_M = jnp.where(mine_M, expert_M, num_local)
-    order_M = jnp.argsort(expert_M, stable=True)
-    inverse_M = jnp.argsort(order_M)
-    group_sizes = jnp.bincount(expert_M, length=num_local + 1)[:num_local].astype(jnp.int32)
-    rows_MD = _gather(x.reshape(-1, d_model), order_M, inverse_M, active)
+    rows = _Rows(expert_M, num_local)
+    rows_RD = _gather(x.reshape(-1, d_model), rows, active)
 
-    def project(name: str, rows: Array) -> Array:
+    def project(name: str, x_RD: Array) -> Array:
         kernel, bias = weights[name]
-        y = grouped(rows, kernel, group_sizes)
+        y = grouped(x_RD, kernel, rows.groups)
         if bias is None:
             return y
-        row_bias = bias.astype(y.dtype)[jnp.minimum(expert_M[order_M], num_local - 1)]
-        return y + _once(row_bias, axes.hidden if name == "down" else ())
+        return y + _once(bias.astype(y.dtype)[rows.expert_R], axes.hidden if name == "down" else ())
 
-    gate = project("gate", rows_MD) if "gate" in weights else None
-    out_MD = project("down", activate(cfg.activation, project("up", rows_MD), gate))
+    gate = project("gate", rows_RD) if "gate" in weights else None
+    out_RD = project("down", activate(cfg.activation, project("up", rows_RD), gate))
     share_MA = jnp.where(mine_M.reshape(-1, active), weight.reshape(-1, active), 0.0)
-    y = _combine(out_MD, order_M, inverse_M, share_MA.astype(x.dtype)).reshape(x.shape)
+    y = _combine(out_RD, rows, share_MA.astype(x.dtype)).reshape(x.shape)
     y = jax.lax.psum(y, axes.select + axes.hidden) if axes.select + axes.hidden else y
     for axis in reversed(axes.exchange):
         y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
@@ -151,42 +149,77 @@ def _once(bias: Array, axes: tuple[str, ...]) -> Array:
     return bias
 
 
-# The transpose of a gather is a scatter-add, slow on every backend. A permutation's transpose is
+class _Rows:
+    """The rows in which assignments go to experts.
+
+    Attributes:
+      source_R: the assignment of each row.
+      used_R: whether the row has one, None if all have.
+      row_M: the row of each assignment.
+      expert_R: a local expert for each row, for what is looked up per expert.
+    """
+
+    def __init__(self, expert_M: Array, num_experts: int):
+        order_M = jnp.argsort(expert_M, stable=True)
+        sizes_E = jnp.bincount(expert_M, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+        num_rows, self.groups = place(sizes_E, expert_M.shape[0])
+        if self.groups.is_even is None:
+            self.source_R, self.row_M, self.used_R = order_M, jnp.argsort(order_M), None
+            self.expert_R = jnp.minimum(expert_M[order_M], num_experts - 1)
+            return
+        starts_E, row_R = self.groups.starts_E, jnp.arange(num_rows)
+        self.expert_R = jnp.minimum(
+            jnp.searchsorted(starts_E + sizes_E, row_R, side="right", method="compare_all"), num_experts - 1
+        )
+        rank_R = row_R - starts_E[self.expert_R]
+        self.used_R = (rank_R >= 0) & (rank_R < sizes_E[self.expert_R])
+        sorted_E = jnp.cumsum(sizes_E) - sizes_E
+        self.source_R = jnp.where(self.used_R, order_M[sorted_E[self.expert_R] + rank_R], 0)
+        self.row_M = jnp.argsort(order_M) + (starts_E - sorted_E)[expert_M]
+
+    def unused_are_zero(self, x_RD: Array) -> Array:
+        return x_RD if self.used_R is None else jnp.where(self.used_R[:, None], x_RD, 0)
+
+
+def _gather(x_ND: Array, rows: _Rows, active: int) -> Array:
+    """The token of each row's assignment; there are `active` a token."""
+    return rows.unused_are_zero(_take(x_ND, rows.source_R, rows.row_M, active))
+
+
+# The transpose of a gather is a scatter-add, slow on every backend. The transpose of a permutation is
 # another gather, so both moves state their gradients.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gather(x_ND: Array, order_M: Array, inverse_M: Array, active: int) -> Array:
-    """Row `m` of the result is the token of assignment `order[m]`; there are `active` a token."""
-    return x_ND[order_M // active]
+def _take(x_ND: Array, source_R: Array, row_M: Array, active: int) -> Array:
+    return x_ND[source_R // active]
 
 
-def _gather_forward(x_ND, order_M, inverse_M, active):
-    return _gather(x_ND, order_M, inverse_M, active), inverse_M
+_take.defvjp(
+    lambda x_ND, source_R, row_M, active: (x_ND[source_R // active], row_M),
+    lambda active, row_M, g_RD: (g_RD[row_M].reshape(-1, active, g_RD.shape[-1]).sum(1), None, None),
+)
 
 
-def _gather_backward(active, inverse_M, g_MD):
-    return g_MD[inverse_M].reshape(-1, active, g_MD.shape[-1]).sum(1), None, None
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def _combine(rows_MD: Array, order_M: Array, inverse_M: Array, share_NA: Array) -> Array:
-    """`y[n] = sum_a share[n, a] * rows[inverse[n, a]]`."""
-    unsorted = _permute(rows_MD, inverse_M, order_M).reshape(*share_NA.shape, -1)
+def _combine(out_RD: Array, rows: _Rows, share_NA: Array) -> Array:
+    """`y[n] = sum_a share[n, a] * out[row[n, a]]`."""
+    own_MD = _return(out_RD, rows.row_M, rows.source_R, rows.used_R)
+    own_NAD = own_MD.reshape(*share_NA.shape, -1)
     # Rows past all groups are unspecified where the product is a device's own kernel.
-    unsorted = jnp.where(share_NA[..., None] == 0, 0, unsorted)
-    return jnp.einsum("NAD,NA->ND", unsorted, share_NA)
+    own_NAD = jnp.where(share_NA[..., None] == 0, 0, own_NAD)
+    return jnp.einsum("NAD,NA->ND", own_NAD, share_NA)
 
 
 @jax.custom_vjp
-def _permute(x_MD: Array, index_M: Array, inverse_M: Array) -> Array:
-    return x_MD[index_M]
+def _return(x_RD: Array, row_M: Array, source_R: Array, used_R: Array | None) -> Array:
+    return x_RD[row_M]
 
 
-_permute.defvjp(
-    lambda x_MD, index_M, inverse_M: (x_MD[index_M], inverse_M),
-    lambda inverse_M, g_MD: (g_MD[inverse_M], None, None),
-)
+def _return_backward(residuals: tuple, g_MD: Array) -> tuple:
+    source_R, used_R = residuals
+    g_RD = g_MD[source_R]
+    return g_RD if used_R is None else jnp.where(used_R[:, None], g_RD, 0), None, None, None
+
+
+_return.defvjp(lambda x_RD, row_M, source_R, used_R: (x_RD[row_M], (source_R, used_R)), _return_backward)
 
 
 def _capacity(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Array, weights: Weights) -> Array:

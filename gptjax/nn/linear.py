@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.kernels import matmul
-from gptjax.kernels.grouped import grouped_matmul
+from gptjax.kernels.grouped import Groups, grouped_matmul
 from gptjax.nn import init
 from gptjax.types import Array
 
@@ -22,9 +22,9 @@ def einsum(spec: str, x: Array, kernel: Array) -> Array:
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
 
 
-def grouped(x_MD: Array, kernel_EDF: Array, group_sizes_E: Array) -> Array:
+def grouped(x_MD: Array, kernel_EDF: Array, groups: Groups) -> Array:
     """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
-    return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), group_sizes_E)
+    return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), groups)
 
 
 class Kernel(nn.Module):

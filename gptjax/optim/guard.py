@@ -67,7 +67,7 @@ def guard(
     norm_fn: Callable[[Params], Array] = rows.norm,
     finite_fn: Callable[[Params], Array] = lambda grads: jnp.isfinite(rows.norm(grads)),
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps `inner`, whose update gets two extra arguments: `step`, and a `keep` that is false where the step is skipped.
+    """Wraps `inner`, whose update gets two extra arguments: `step`, and `keep`, false where the step is skipped.
 
     `inner` has to leave its own state as it is then (`keeping` makes that of any transformation).
 

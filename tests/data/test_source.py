@@ -194,9 +194,7 @@ def test_what_is_not_there_is_named(tmp_path):
             source.open_source(spec)
     os.mkfifo(tmp_path / "pipe")
     for spec in (f"text:{tmp_path}", str(tmp_path / "pipe")):
-        with pytest.raises(
-            ValueError, match="expected a file .*, got a directory or a pipe"
-        ):
+        with pytest.raises(ValueError, match="expected a file .*, got a directory or a pipe"):
             source.open_source(spec)
 
 

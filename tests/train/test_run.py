@@ -191,9 +191,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(run_config, tmp_path
     run(run_config(), tmp_path)
     shutil.rmtree(tmp_path / "ckpt")
     before = files_under(tmp_path)
-    with pytest.raises(
-        ValueError, match="has the summary.json of a run, but no checkpoint in ckpt"
-    ):
+    with pytest.raises(ValueError, match="has the summary.json of a run, but no checkpoint in ckpt"):
         run(run_config(train__num_steps=9), tmp_path)
     assert files_under(tmp_path) == before
 
