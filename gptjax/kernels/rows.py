@@ -7,11 +7,13 @@ run at the speed of memory. Other platforms have good reductions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from gptjax.parallel import rules
-from gptjax.types import Array, Params
+from gptjax.types import Array
 
 # What is left after halving is as wide as a vector register.
 _VECTOR = 16
@@ -87,7 +89,7 @@ def _column_sum(x: Array) -> Array:
     return jax.lax.platform_dependent(flat, cpu=product, default=lambda flat: flat.sum(0))
 
 
-def norm(tree: Params) -> Array:
+def norm(tree: Any) -> Array:
     """The 2-norm of all the tree's elements together, a float32 scalar."""
     return jnp.sqrt(sum((_sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(())))
 
