@@ -4,8 +4,8 @@ Command   python -m experiments.prepare_data --source=text:<tinyshakespeare.txt>
               --eval_fraction=0.1 --out=data/shakespeare_char
           python -m experiments.pretrain --config=configs/shakespeare_char.py --workdir=runs/shakespeare_char
 Hardware  2 CPU cores.
-Time      2 minutes.
-Metric    held-out loss 1.88 after 2,000 steps.
+Time      70 seconds.
+Metric    held-out loss 1.77 after 2,000 steps (random windows of the last tenth; nanoGPT: 1.88).
 Source    nanoGPT README, "I only have a macbook": 4 layers, 4 heads, width 128, context 64, batch 12, 1.88.
 """
 
