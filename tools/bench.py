@@ -38,6 +38,8 @@ from typing import Any
 
 from absl import app, flags
 
+from gptjax.kernels import cpu
+
 _TASKS = flags.DEFINE_list("tasks", "T1,T2,T3,T4,T5b1,T5b8", "Which tasks.")
 _SECONDS = flags.DEFINE_float("seconds", 60.0, "How long to measure each task, all contestants together.")
 _PEERS = flags.DEFINE_list(
@@ -129,7 +131,7 @@ class Contestant:
         self.name = entry.name
         self._process = subprocess.Popen(
             [*entry.command, json.dumps(dict(task))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **entry.environment},
+            env={**cpu.start_environment(), **entry.environment},  # the same memory for all contestants
         )  # fmt: skip
         self.started = self._read()
         self._walls: list[float] = []
