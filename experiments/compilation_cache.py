@@ -16,7 +16,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 _DESCRIBING = ("model name", "flags", "CPU implementer", "CPU part", "Features")
-_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# As `parallel.hosts` reads them: of a job step, since a shell in an allocation for several tasks is one process.
+_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def configure(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -59,6 +59,16 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def check(config: Any) -> None:
+    """Checks the types of a dataclass that was made without `from_dict`.
+
+    Raises:
+      ValueError: naming the first field that has another type than its annotation, or is not finite.
+    """
+    for field in dataclasses.fields(config):
+        _convert(_hints(type(config))[field.name], getattr(config, field.name), f"{type(config).__name__}.{field.name}")
+
+
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields `(dotted.key, leaf value)`; empty mappings and lists are leaves."""
     config = _plain(to_dict(config))

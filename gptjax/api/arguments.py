@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,10 @@ class TrainingArguments:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
+        if not self.output_dir:
+            raise ValueError("output_dir is empty; name a directory")
+        config_lib.check(self)
         self.optimizer(num_steps=1)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
@@ -13,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import config as config_lib
 from gptjax.api import presets
 from gptjax.api.text import GPT4Tokenizer
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint import store
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
-from gptjax.model import Model, checked_tokens, load
+from gptjax.model import Model, load
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.spec import ModelSpec
@@ -60,7 +60,8 @@ class GPT4LMHeadModel:
             if config not in presets.PRESETS:
                 raise ValueError(f"{config!r}: no such preset; there are {', '.join(presets.PRESETS)}")
             config = presets.PRESETS[config]
-        config = dataclasses.replace(config, **changes)
+        if changes:
+            config = config_lib.from_dict(type(config), config_lib.to_dict(config) | changes, path="from_config")
         model = config.build() if isinstance(config, ModelSpec) else config
         return cls(model, jax.jit(functools.partial(transformer.init, model))(jax.random.key(seed)))
 
@@ -73,6 +74,7 @@ class GPT4LMHeadModel:
         """
         if presets.is_preset(path):
             presets.refuse_weights(os.fspath(path))
+        presets.check_there(path)
         found = load(path)
         tokenizer = GPT4Tokenizer(found.tokenizer) if found.tokenizer else None
         return cls(found.config, found.params, tokenizer=tokenizer)
@@ -106,16 +108,19 @@ class GPT4LMHeadModel:
             before it, as transformers does, so `labels=input_ids` is its language-modelling loss.
 
         Raises:
-          ValueError: for tokens that are none of this model's.
+          ValueError: for other shapes or types, and for ids that the model does not have.
         """
-        tokens_BT = checked_tokens(self.config, np.atleast_2d(np.asarray(input_ids)))
-        mask_BT = np.ones_like(tokens_BT) if attention_mask is None else _rows(attention_mask)
+        size = self.config.vocab_size
+        tokens_BT = _rows("input_ids", input_ids, high=size)
+        shape = tokens_BT.shape
+        ones = np.ones(shape, np.int32)
+        mask_BT = ones if attention_mask is None else _rows("attention_mask", attention_mask, shape=shape, high=2)
+        labels_BT = None if labels is None else _rows("labels", labels, shape=shape, low=IGNORED_LABEL, high=size)
         logits_BTV = _logits(self.config, self.params, tokens_BT, mask_BT)
-        if labels is None:
+        if labels_BT is None:
             return LMOutput(None, logits_BTV)
         shift = 1 if self.config.causal else 0
-        loss = _mean_loss(logits_BTV[:, : tokens_BT.shape[1] - shift], _rows(labels)[:, shift:])
-        return LMOutput(loss, logits_BTV)
+        return LMOutput(_mean_loss(logits_BTV[:, : shape[1] - shift], labels_BT[:, shift:]), logits_BTV)
 
     def generate(self, input_ids: Any, *, max_new_tokens: int, **options: Any) -> list[list[int]]:
         """Prompts and what the model writes after them, as token ids; greedy unless a temperature is given.
@@ -154,8 +159,16 @@ def _mean_loss(logits_BTV: Array, labels_BT: Array) -> Array:
     return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def _rows(ids: Any) -> Array:
-    return jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
+def _rows(name: str, ids: Any, *, high: int, low: int = 0, shape: tuple[int, ...] | None = None) -> Array:
+    """Ids from `low` to below `high` as int32 `[B, T]`; JAX would take others for some that it has."""
+    rows = jnp.atleast_2d(jnp.asarray(ids))
+    if rows.ndim != 2 or not rows.size or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers of shape [B, T] or [T], got {rows.dtype} {list(rows.shape)}")
+    if shape is not None and rows.shape != shape:
+        raise ValueError(f"{name}: expected the shape of input_ids, {list(shape)}, got {list(rows.shape)}")
+    if not isinstance(rows, jax.core.Tracer) and not low <= rows.min() <= rows.max() < high:
+        raise ValueError(f"{name}: expected {low} to {high - 1}, got {rows.min()} to {rows.max()}")
+    return rows.astype(jnp.int32)
 
 
 def _prompts(input_ids: Any) -> list[list[int]]:

@@ -32,9 +32,18 @@ PRESETS: Mapping[str, ModelSpec] = {
 }
 
 
+_NAMES = ", ".join(PRESETS)
+
+
 def is_preset(name: str | os.PathLike[str]) -> bool:
     """Whether `name` is a preset's; a file or directory of that name goes before it."""
     return name in PRESETS and not os.path.exists(name)
+
+
+def check_there(name: str | os.PathLike[str]) -> None:
+    """Raises ValueError for what is neither a preset's name nor a path that exists (gs:// may)."""
+    if name not in PRESETS and "://" not in os.fspath(name) and not os.path.exists(name):
+        raise ValueError(f"{os.fspath(name)!r}: neither a file or directory nor a preset, of which there are {_NAMES}")
 
 
 def refuse_weights(name: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ class GPT4Tokenizer:
         """
         if presets.is_preset(name_or_path):
             return cls(tokenizer.byte_level())
+        presets.check_there(name_or_path)
         path = Path(name_or_path)
-        if path.is_file() or (path / tokenizer.FILE_NAME).is_file() or not path.exists():
+        if path.is_file() or (path / tokenizer.FILE_NAME).is_file():
             return cls(tokenizer.load(path))
         found = store.read_assets(store.find(path)).get(tokenizer.FILE_NAME)
         if found is None:
@@ -125,6 +126,8 @@ class DataCollatorForLanguageModeling:
     ) -> None:
         if mlm and tokenizer.mask_token_id is None:
             raise ValueError("mlm=True hides tokens behind a mask token, and this tokenizer has none; use mlm=False")
+        if not 0.0 < mlm_probability <= 1.0:
+            raise ValueError(f"mlm_probability={mlm_probability}: expected over 0 and at most 1")
         self.tokenizer = tokenizer
         self.mlm = mlm
         self.mlm_probability = mlm_probability
@@ -138,7 +141,7 @@ class DataCollatorForLanguageModeling:
           examples: token ids, or mappings with `input_ids`; empty ones become padding.
           length: of the rows; None is that of the longest example.
         """
-        rows = [np.asarray(each["input_ids"] if isinstance(each, dict) else each, np.int32) for each in examples]
+        rows = [token_ids(each) for each in examples]
         batch = packing.empty_batch(len(rows), length or max(map(len, rows)))
         arrays: Any = batch
         for row, ids in enumerate(rows):
@@ -168,6 +171,18 @@ class DataCollatorForLanguageModeling:
             special_ids=sorted(inner.special_ids),
             fraction=self.mlm_probability,
         )
+
+
+def token_ids(example: Any) -> np.ndarray:
+    """The ids of an example, which is a sequence of them or a mapping with `input_ids`; int32 `[length]`.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    found = np.asarray(example.get("input_ids", "none") if isinstance(example, Mapping) else example)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise ValueError(f"example {example!r:.80}: expected token ids, or a mapping with them as `input_ids`")
+    return found.astype(np.int32)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

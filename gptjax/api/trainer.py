@@ -14,9 +14,11 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from gptjax import lock
 from gptjax.api.arguments import TrainingArguments
 from gptjax.api.model import GPT4LMHeadModel
-from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer
+from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer, token_ids
+from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import mixture
@@ -87,7 +89,8 @@ class Trainer:
             from one elsewhere.
 
         Raises:
-          ValueError: if there is no data, `output_dir` has a run that is not to be resumed, or training diverges.
+          ValueError: if there is no data or it does not fit the model, `output_dir` has a run that is not to be
+            resumed, or training diverges.
         """
         if not isinstance(resume_from_checkpoint, bool):
             raise ValueError(
@@ -95,8 +98,12 @@ class Trainer:
                 f"of output_dir; to start from another, give the Trainer a model that from_pretrained read"
             )
         args, dataset = self.args, _required(self.train_dataset, "train_dataset")
-        num_rows = args.num_rows(len(dataset))
-        with mesh_lib.use(_ALL_DEVICES) as mesh, contextlib.closing(self._store(resume_from_checkpoint)) as store:
+        num_rows, length = args.num_rows(len(dataset)), self._row_length(dataset)
+        with (
+            mesh_lib.use(_ALL_DEVICES) as mesh,
+            lock.exclusive(args.output_dir),
+            contextlib.closing(self._store(resume_from_checkpoint)) as store,
+        ):
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size
             num_steps = args.max_steps if num_rows is None else math.ceil(num_rows / batch_size)
             steps_per_epoch = math.ceil(len(dataset) / batch_size)
@@ -106,7 +113,9 @@ class Trainer:
                 self.data_collator.objective(self.model.config),
                 optimizer,
                 state,
-                self._train_batches(mesh, dataset, batch_size=batch_size, num_rows=num_rows, start_step=start_step),
+                self._train_batches(
+                    mesh, dataset, length=length, batch_size=batch_size, num_rows=num_rows, start_step=start_step
+                ),
                 num_steps=num_steps,
                 seed=args.seed,
                 accumulate_steps=args.gradient_accumulation_steps,
@@ -148,12 +157,14 @@ class Trainer:
     def _store(self, resume: bool) -> CheckpointStore:
         store = CheckpointStore(self.args.output_dir, keep_last=self.args.save_total_limit or 0)
         newest = store.latest()
+        if newest is None and resume:
+            logging.info("%s: no checkpoint to resume from, so training starts at step 0.", store.directory)
         if newest is None or resume:
             return store
         if self.args.overwrite_output_dir:
             logging.warning("%s: removing the run with checkpoints up to step %d", store.directory, newest)
             for step in store.steps():
-                (store.directory / str(step)).rmtree()
+                directory.remove(store.directory / str(step))
             return store
         store.close()
         raise ValueError(
@@ -205,10 +216,9 @@ class Trainer:
         return [*chosen, hooks.Checkpoints(save, store.wait, every=save_every, last_step=start_step)]
 
     def _train_batches(
-        self, mesh: Mesh, dataset: Sequence[Any], *, batch_size: int, num_rows: int | None, start_step: int
+        self, mesh: Mesh, dataset: Sequence[Any], *, length: int, batch_size: int, num_rows: int | None, start_step: int
     ) -> Iterator[Batch]:
         """Endless shuffled epochs; rows from `num_rows` on are padding."""
-        length = self._row_length(dataset)
         row = start_step * batch_size
         while True:
             wanted = range(row, row + batch_size)
@@ -224,13 +234,22 @@ class Trainer:
         return hosts.to_global(self.data_collator(rows, length=length), rules.batch_sharding(mesh))
 
     def _row_length(self, dataset: Sequence[Any]) -> int:
-        """That of the longest example: rows of one length need one compilation."""
-        length = max(len(each["input_ids"] if isinstance(each, dict) else each) for each in dataset)
+        """That of the longest example, all of which are checked: rows of one length need one compilation."""
+        length, size = 0, self.tokenizer.vocab_size
+        for ids in map(token_ids, dataset):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+                raise ValueError(
+                    f"an example has tokens {ids.min()} to {ids.max()}, expected 0 to {size - 1}; "
+                    f"is it made with the Trainer's tokenizer?"
+                )
+            length = max(length, len(ids))
         if length > self.model.config.seq_len:
             raise ValueError(
                 f"an example has {length} tokens, more than the model's seq_len={self.model.config.seq_len}; "
                 f"choose a smaller block_size"
             )
+        if length < (1 if self.data_collator.mlm else 2):
+            raise ValueError(f"the longest example has {length} tokens, so there is nothing to predict")
         return length
 
 

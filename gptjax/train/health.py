@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gptjax.optim.groups import path_of
 
 MAX_CONSECUTIVE_SKIPS = 20
+_TOO_LARGE = 1e15
 _ADVICE = (
     "Nothing was saved since; earlier checkpoints are as they were. A lower learning rate, a longer warmup or a "
     "guard against spikes may help."
@@ -72,11 +73,14 @@ class Health:
 
 
 def describe(params: Any) -> str:
-    """One sentence on which parameters are not finite: where to look first."""
-    finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params))
-    leaves = jax.tree_util.tree_leaves_with_path(finite)
-    broken = [path_of(path) for path, is_finite in leaves if not is_finite]
+    """One sentence on which parameters are not finite or too large: where to look first."""
+    sizes = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.max(jnp.abs(x)), tree))(params))
+    leaves = [(path_of(path), float(size)) for path, size in jax.tree_util.tree_leaves_with_path(sizes)]
+    broken = [path for path, size in leaves if not math.isfinite(size)]
     if not broken:
+        path, size = max(leaves, key=lambda leaf: leaf[1])
+        if size > _TOO_LARGE:
+            return f"All parameters are finite, but {path} is as large as {size:.0e}."
         return "All parameters are finite, so it arises in the forward or the backward pass."
     shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
     return f"Not finite are the parameters {shown}."

@@ -17,8 +17,10 @@ from gptjax import (
     TextDataset,
     Trainer,
     TrainingArguments,
+    lock,
 )
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import characters
 from gptjax.optim import schedule
 from tests.tiny import TINY
 
@@ -230,6 +232,75 @@ def test_what_does_not_fit_is_refused(tokenizer):
         GPT4LMHeadModel.from_config(SMALL)([5, 260])
     with pytest.raises(ValueError, match="no such preset"):
         GPT4LMHeadModel.from_config("gpt5")
+    with pytest.raises(ValueError, match="from_config.d_modell: unknown key; did you mean `d_model`"):
+        GPT4LMHeadModel.from_config(TINY, d_modell=32)
+    with pytest.raises(ValueError, match="from_config.activation: expected one of .* got 'swish'"):
+        GPT4LMHeadModel.from_config(TINY, activation="swish")
+    for from_pretrained in (GPT4Tokenizer.from_pretrained, GPT4LMHeadModel.from_pretrained):
+        with pytest.raises(ValueError, match="'gpt-4': neither a file or directory nor a preset, .* gpt4"):
+            from_pretrained("gpt-4")
+    for probability in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"mlm_probability={probability}: expected over 0 and at most 1"):
+            DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([[1, 2], [3, 260]], "an example has tokens 3 to 260, expected 0 to 259; is it made with the Trainer's tok"),
+        ([[1, -2]], "tokens -2 to 1, expected 0 to 259"),
+        (["text"], "example 'text': expected token ids, or a mapping with them as `input_ids`"),
+        ([{"ids": [1, 2]}], "example {'ids'.*: expected token ids"),
+        ([[1], []], "the longest example has 1 tokens, so there is nothing to predict"),
+    ],
+)
+def test_examples_that_are_no_tokens_are_refused_before_anything_is_written(tokenizer, tmp_path, examples, message):
+    trainer = trainer_of(tokenizer, mlm=False)
+    trainer.train_dataset = examples
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (dict(input_ids=[[1, 260]]), "input_ids: expected 0 to 259, got 1 to 260"),
+        (
+            dict(input_ids=[[0.5, 1.0]]),
+            r"input_ids: expected integers .*, got float32 \[1, 2\]",
+        ),
+        (dict(input_ids=[]), "input_ids: expected integers"),
+        (dict(input_ids=[1, 2], labels=[1]), r"labels: expected the shape of input_ids, \[1, 2\], got \[1, 1\]"),
+        (dict(input_ids=[1, 2], labels=[-100, 300]), "labels: expected -100 to 259, got -100 to 300"),
+        (dict(input_ids=[1, 2], attention_mask=[1]), "attention_mask: expected the shape of input_ids"),
+    ],
+)
+def test_what_is_no_input_is_refused(call, message):
+    """JAX would clip indices and broadcast shapes, and give a wrong number."""
+    with pytest.raises(ValueError, match=message):
+        GPT4LMHeadModel.from_config(TINY)(**call)
+
+
+def test_the_model_can_be_compiled():
+    model, ids = GPT4LMHeadModel.from_config(TINY), np.array([[1, 2, 3]])
+    compiled = jax.jit(lambda ids: model(ids, labels=ids).loss)(ids)
+    assert float(compiled) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
+
+
+def test_another_tokenizer_and_a_run_under_way_are_not_written_over(tokenizer):
+    tokenizer.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    with pytest.raises(ValueError, match="another tokenizer is already there"):
+        GPT4Tokenizer(characters("ab")).save_pretrained("saved")
+    with lock.exclusive("out"), pytest.raises(ValueError, match="out: another process is working there"):
+        trainer_of(tokenizer, mlm=False).train()
+    with pytest.raises(ValueError, match="TrainingArguments.per_device_train_batch_size: expected int, got 2.5"):
+        TrainingArguments("out", per_device_train_batch_size=2.5)
+    with pytest.raises(ValueError, match="TrainingArguments.num_train_epochs: expected float, got '3'"):
+        TrainingArguments("out", num_train_epochs="3")
+    with pytest.raises(ValueError, match="output_dir is empty"):
+        TrainingArguments("")
 
 
 def test_another_part_of_the_tokens_may_be_hidden(tokenizer):
@@ -286,3 +357,9 @@ def test_unknown_and_mistyped_arguments_are_refused():
         TrainingArguments("out", learning_rate="fast")
     with pytest.raises(ValueError, match="name.*adam"):
         TrainingArguments("out", optim="adam")
+    with pytest.raises(ValueError, match="TrainingArguments.per_device_train_batch_size: expected int, got 2.5"):
+        TrainingArguments("out", per_device_train_batch_size=2.5)
+    with pytest.raises(ValueError, match="TrainingArguments.num_train_epochs: expected float, got '3'"):
+        TrainingArguments("out", num_train_epochs="3")
+    with pytest.raises(ValueError, match="output_dir is empty"):
+        TrainingArguments("")

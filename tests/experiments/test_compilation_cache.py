@@ -37,9 +37,9 @@ def test_programs_go_to_a_private_directory_of_this_processor_and_jaxlib(tmp_pat
 def test_what_the_user_set_stays_and_a_job_of_several_processes_keeps_nothing(tmp_path):
     assert configured(tmp_path, JAX_COMPILATION_CACHE_DIR="elsewhere") == "elsewhere"
     assert configured(tmp_path, JAX_COMPILATION_CACHE_DIR="") == ""
-    for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS"):
+    for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS"):
         assert configured(tmp_path, **{name: "2"}) is None
-    assert configured(tmp_path, SLURM_NTASKS="1") is not None
+    assert configured(tmp_path, SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1") is not None
 
 
 def test_without_a_place_to_write_nothing_is_kept(tmp_path):

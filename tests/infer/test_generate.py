@@ -203,8 +203,9 @@ def test_a_bidirectional_model_and_no_tokens_are_refused(tiny):
     cfg, params = tiny
     with pytest.raises(ValueError, match="causal=False"):
         generate(dataclasses.replace(cfg, causal=False), params, prompts=[[1]], config=GenerateConfig(max_new_tokens=2))
-    with pytest.raises(ValueError, match="max_new_tokens=0"):
-        GenerateConfig(max_new_tokens=0)
+    for number in (0, 2.5):
+        with pytest.raises(ValueError, match=f"max_new_tokens={number}: expected a whole number"):
+            GenerateConfig(max_new_tokens=number)
     with pytest.raises(ValueError, match="seed=2147483648: expected 0 to"):
         GenerateConfig(max_new_tokens=1, seed=2**31)
 

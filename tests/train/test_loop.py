@@ -250,6 +250,12 @@ def test_a_real_nan_batch_stops_the_run():
         loop.fit(objective, optimizer, toy.new_state(optimizer.tx), toy.batches(), num_steps=5)
 
 
+def test_parameters_that_are_finite_and_too_large_are_named():
+    optimizer = toy.optimizer(1e25)
+    with pytest.raises(DivergedError, match="step 1: .*param_norm=inf, so the parameters are lost.* is as large as 1e"):
+        loop.fit(toy.objective, optimizer, toy.new_state(optimizer.tx), toy.batches(), num_steps=5)
+
+
 def test_a_divergence_names_the_parameters_that_are_not_finite():
     optimizer = toy.optimizer()
     state = toy.new_state(optimizer.tx)
