@@ -22,6 +22,10 @@ def configure_training() -> None:
     `XLA_FLAGS`, and leaves a value of the same flag that is already there. Other platforms do not read it.
     """
     _keep_freed_memory()
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Simulated devices that enter two all-reduces in different order wait for each other, each in a thread,
+        # until no thread is left: with more threads than that the rest goes on.
+        os.environ.setdefault("NPROC", "32")
     release = tuple(int(part) for part in jaxlib.__version__.split(".")[:2])
     flags = os.environ.get("XLA_FLAGS", "")
     if release in _KNOWN_RELEASES and _FLAG not in flags:
