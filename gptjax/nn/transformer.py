@@ -70,11 +70,10 @@ def forward(
 def head_params(cfg: ModelConfig, params: Params) -> Array:
     """The `[D, V]` kernel that maps hidden states to logits: the embedding where it is tied.
 
-    Outside of a loop over chunks of positions, this transposes once what XLA:CPU's products with short chunks
-    would else read across.
+    Outside of a loop over chunks of positions, this transposes an embedding once, which XLA:CPU's products with
+    short chunks would else read across.
     """
-    kernel_VD = params["embed"]["tokens"] if cfg.tie_embeddings else params["head"]["kernel"]
-    return jnp.swapaxes(kernel_VD, 0, 1)
+    return jnp.swapaxes(params["embed"]["tokens"], 0, 1) if cfg.tie_embeddings else params["head"]["kernel"]
 
 
 def head_logits(cfg: ModelConfig, head_DV: Array, hidden: Array) -> Array:
@@ -142,7 +141,8 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("kernel", _table((self.cfg.vocab_size, self.cfg.d_model), "vocab"))
+        shape = (self.cfg.d_model, self.cfg.vocab_size)
+        return self.param("kernel", declare(shape, ("embed", "vocab"), std=EMBEDDING_STD))
 
 
 def _table(shape: tuple[int, int], axis: str | None) -> Callable[[Array], Any]:

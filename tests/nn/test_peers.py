@@ -209,7 +209,7 @@ def params_of(model):
         params = {"embed": {"tokens": head if cfg.tie_embeddings else drawn("model.embed_tokens.weight", 48, 32)}}
         params["final_norm"] = norm("model.norm", 32)
     if not cfg.tie_embeddings:
-        params["head"] = {"kernel": head}
+        params["head"] = {"kernel": head.T}
     first = 0
     for i, group in enumerate(cfg.groups):
         size = len(group.pattern)
