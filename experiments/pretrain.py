@@ -48,11 +48,13 @@ def main() -> int:
     # Imported late: JAX must not be touched before the processes of a job are connected.
     from gptjax import config as config_lib
     from gptjax.kernels import cpu
-    from gptjax.parallel import hosts
+    from gptjax.parallel import hosts, mesh
     from gptjax.train.run import RunConfig, run
 
     cpu.configure_training()
     hosts.initialize()
+    if mesh.platform() == "cpu":
+        cpu.keep_freed_memory()
     if not hosts.is_lead():
         logging.set_verbosity(logging.WARNING)
     cfg = config_lib.from_dict(RunConfig, _CONFIG.value)

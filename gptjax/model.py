@@ -146,9 +146,16 @@ def checked_tokens(config: ModelConfig, tokens: Any) -> np.ndarray:
     low, high = tokens_BT.min(), tokens_BT.max()
     if low < 0 or high >= config.vocab_size:
         raise ValueError(f"tokens: {low} to {high} do not fit the model's vocab_size={config.vocab_size}")
-    if config.learned_positions and tokens_BT.shape[1] > config.seq_len:
-        raise ValueError(f"tokens: {tokens_BT.shape[1]} positions exceed the learned ones, seq_len={config.seq_len}")
+    check_length(config, tokens_BT.shape[1])
     return tokens_BT.astype(np.int32)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Raises:
+    ValueError: if there are more positions than a model with learned ones has.
+    """
+    if config.learned_positions and length > config.seq_len:
+        raise ValueError(f"tokens: {length} positions exceed the learned ones, seq_len={config.seq_len}")
 
 
 def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Model:

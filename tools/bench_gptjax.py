@@ -15,6 +15,7 @@ from gptjax.kernels import cpu  # noqa: E402
 
 if "new_tokens" not in json.loads(sys.argv[1]):
     cpu.configure_training()
+    cpu.keep_freed_memory()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

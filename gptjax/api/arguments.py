@@ -84,7 +84,8 @@ class TrainingArguments:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
+        if isinstance(self.output_dir, os.PathLike):
+            object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         if not self.output_dir:
             raise ValueError("output_dir is empty; name a directory")
         config_lib.check(self)

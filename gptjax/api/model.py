@@ -19,7 +19,7 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint import store
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
-from gptjax.model import Model, load
+from gptjax.model import Model, check_length, load
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.spec import ModelSpec
@@ -113,9 +113,10 @@ class GPT4LMHeadModel:
         size = self.config.vocab_size
         tokens_BT = _rows("input_ids", input_ids, high=size)
         shape = tokens_BT.shape
+        check_length(self.config, shape[1])
         ones = np.ones(shape, np.int32)
         mask_BT = ones if attention_mask is None else _rows("attention_mask", attention_mask, shape=shape, high=2)
-        labels_BT = None if labels is None else _rows("labels", labels, shape=shape, low=IGNORED_LABEL, high=size)
+        labels_BT = None if labels is None else _rows("labels", labels, shape=shape, high=size, besides=IGNORED_LABEL)
         logits_BTV = _logits(self.config, self.params, tokens_BT, mask_BT)
         if labels_BT is None:
             return LMOutput(None, logits_BTV)
@@ -159,15 +160,19 @@ def _mean_loss(logits_BTV: Array, labels_BT: Array) -> Array:
     return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
 
 
-def _rows(name: str, ids: Any, *, high: int, low: int = 0, shape: tuple[int, ...] | None = None) -> Array:
-    """Ids from `low` to below `high` as int32 `[B, T]`; JAX would take others for some that it has."""
+def _rows(name: str, ids: Any, *, high: int, shape: tuple[int, ...] | None = None, besides: int | None = None) -> Array:
+    """Ids from 0 to below `high`, or `besides`, as int32 `[B, T]`; JAX would take others for some that it has."""
     rows = jnp.atleast_2d(jnp.asarray(ids))
+    rows = rows.astype(jnp.int32) if rows.dtype == bool else rows
     if rows.ndim != 2 or not rows.size or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers of shape [B, T] or [T], got {rows.dtype} {list(rows.shape)}")
     if shape is not None and rows.shape != shape:
         raise ValueError(f"{name}: expected the shape of input_ids, {list(shape)}, got {list(rows.shape)}")
-    if not isinstance(rows, jax.core.Tracer) and not low <= rows.min() <= rows.max() < high:
-        raise ValueError(f"{name}: expected {low} to {high - 1}, got {rows.min()} to {rows.max()}")
+    if not isinstance(rows, jax.core.Tracer):
+        judged = rows if besides is None else jnp.where(rows == besides, 0, rows)
+        if not 0 <= judged.min() <= judged.max() < high:
+            allowed = f"0 to {high - 1}" + ("" if besides is None else f" or {besides}")
+            raise ValueError(f"{name}: expected {allowed}, got {judged.min()} to {judged.max()}")
     return rows.astype(jnp.int32)
 
 

@@ -37,7 +37,7 @@ class GPT4Tokenizer:
         path = Path(name_or_path)
         if path.is_file() or (path / tokenizer.FILE_NAME).is_file():
             return cls(tokenizer.load(path))
-        found = store.read_assets(store.find(path)).get(tokenizer.FILE_NAME)
+        found = store.read_assets(store.find(name_or_path)).get(tokenizer.FILE_NAME)
         if found is None:
             raise ValueError(f"{path}: its checkpoint has no {tokenizer.FILE_NAME}; it was saved without a tokenizer")
         return cls(tokenizer.from_bytes(found))
@@ -179,7 +179,8 @@ def token_ids(example: Any) -> np.ndarray:
     Raises:
       ValueError: for anything else.
     """
-    found = np.asarray(example.get("input_ids", "none") if isinstance(example, Mapping) else example)
+    ids = example.get("input_ids") if isinstance(example, Mapping) else example
+    found = np.asarray(ids)
     if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
         raise ValueError(f"example {example!r:.80}: expected token ids, or a mapping with them as `input_ids`")
     return found.astype(np.int32)

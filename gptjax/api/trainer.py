@@ -99,6 +99,8 @@ class Trainer:
             )
         args, dataset = self.args, _required(self.train_dataset, "train_dataset")
         num_rows, length = args.num_rows(len(dataset)), self._row_length(dataset)
+        if args.eval_strategy != "no":
+            self._row_length(_required(self.eval_dataset, "eval_dataset"))
         with (
             mesh_lib.use(_ALL_DEVICES) as mesh,
             lock.exclusive(args.output_dir),

@@ -1,4 +1,4 @@
-"""Activations whose backward pass reads their input alone.
+"""GELU and SwiGLU with backward passes that read their inputs alone.
 
 Differentiated line by line they keep what they computed on the way, a tanh or a sigmoid as large as the input.
 Computing it again is cheaper than writing and reading it, and a step needs less memory.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.types import Array
 
-_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
+_TWICE = 2.0 * math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
 
@@ -29,8 +29,8 @@ def gelu_tanh(x: Array) -> Array:
 def _gelu_tanh_backward(x: Array, g: Array) -> tuple[Array]:
     # A sigmoid of twice the argument, where the forward pass has a tanh: if they were alike, XLA would keep one.
     wide = x.astype(jnp.float32)
-    half = _sigmoid(_SLOPE * wide * (1.0 + _CUBIC * wide * wide))
-    slope = half * (1.0 + wide * (1.0 - half) * _SLOPE * (1.0 + 3.0 * _CUBIC * wide * wide))
+    sigmoid = _sigmoid(_TWICE * wide * (1.0 + _CUBIC * wide * wide))
+    slope = sigmoid * (1.0 + wide * (1.0 - sigmoid) * _TWICE * (1.0 + 3.0 * _CUBIC * wide * wide))
     return ((g * slope).astype(x.dtype),)
 
 
@@ -45,8 +45,8 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 def _swiglu_backward(inputs: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     gate, up = (x.astype(jnp.float32) for x in inputs)
-    half = _sigmoid(gate)
-    d_gate, d_up = g * up * half * (1.0 + gate * (1.0 - half)), g * gate * half
+    sigmoid = _sigmoid(gate)
+    d_gate, d_up = g * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), g * gate * sigmoid
     return d_gate.astype(inputs[0].dtype), d_up.astype(inputs[1].dtype)
 
 

@@ -52,6 +52,7 @@ def place(sizes_E: Array, num_rows: int) -> tuple[int, Groups]:
     num_groups = sizes_E.shape[0]
     share = num_rows / num_groups
     groups = contiguous(sizes_E)
+    # Over a mesh some rows are of experts elsewhere, and have no place in any part.
     if platform() != "cpu" or rules.current_mesh() is not None or share < _MIN_SHARE:
         return num_rows, groups
     part = math.ceil(share * _ROOM / _BLOCK_ROWS[-1]) * _BLOCK_ROWS[-1]
@@ -120,8 +121,8 @@ def _even_rows(x_MD: Array, w_EDF: Array, groups: Groups) -> Array:
 
 def _even_gradients(x_MD: Array, w_EDF: Array, groups: Groups, dy_MF: Array) -> tuple[Array, Array]:
     dx_MD = _even_rows(dy_MF, jnp.swapaxes(w_EDF, 1, 2), groups)
-    part = jnp.arange(x_MD.shape[0]) % (x_MD.shape[0] // w_EDF.shape[0])
-    used_M = part < jnp.repeat(groups.sizes_E, x_MD.shape[0] // w_EDF.shape[0])
+    part = x_MD.shape[0] // w_EDF.shape[0]
+    used_M = (jnp.arange(part) < groups.sizes_E[:, None]).reshape(-1)
     dy_MF = jnp.where(used_M[:, None], dy_MF, 0)
     dw_EDF = jnp.einsum("EMD,EMF->EDF", _parts(x_MD, w_EDF), _parts(dy_MF, w_EDF), preferred_element_type=jnp.float32)
     return dx_MD, dw_EDF.astype(w_EDF.dtype)

@@ -130,7 +130,8 @@ def _dropless(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Arra
         y = grouped(x_RD, kernel, rows.groups)
         if bias is None:
             return y
-        return y + _once(bias.astype(y.dtype)[rows.expert_R], axes.hidden if name == "down" else ())
+        bias_RF = _once(bias.astype(y.dtype)[rows.expert_R], axes.hidden if name == "down" else ())
+        return rows.unused_are_zero(y + bias_RF)
 
     gate = project("gate", rows_RD) if "gate" in weights else None
     out_RD = project("down", activate(cfg.activation, project("up", rows_RD), gate))

@@ -70,8 +70,7 @@ def forward(
 def head_params(cfg: ModelConfig, params: Params) -> Array:
     """The `[D, V]` kernel that maps hidden states to logits: the embedding where it is tied.
 
-    Outside of a loop over chunks of positions, this transposes an embedding once, which XLA:CPU's products with
-    short chunks would else read across.
+    A tied embedding is transposed here, once, and not in each product of a loop over chunks of positions.
     """
     return jnp.swapaxes(params["embed"]["tokens"], 0, 1) if cfg.tie_embeddings else params["head"]["kernel"]
 

@@ -69,7 +69,7 @@ def guard(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `inner`, whose update gets two extra arguments: `step`, and `keep`, false where the step is skipped.
 
-    `inner` has to leave its own state as it is then (`keeping` makes that of any transformation).
+    `inner` must return its state unchanged where `keep` is false; wrap it in `keeping` if it does not.
 
     The update takes `loss=` (a scalar) as an extra argument; without it only gradients are judged.
 

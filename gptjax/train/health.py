@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gptjax.optim.groups import path_of
 
 MAX_CONSECUTIVE_SKIPS = 20
+# Products of a few such numbers exceed float32's 3e38.
 _TOO_LARGE = 1e15
 _ADVICE = (
     "Nothing was saved since; earlier checkpoints are as they were. A lower learning rate, a longer warmup or a "
@@ -74,11 +75,11 @@ class Health:
 
 def describe(params: Any) -> str:
     """One sentence on which parameters are not finite or too large: where to look first."""
-    sizes = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.max(jnp.abs(x)), tree))(params))
+    sizes = jax.device_get(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0.0), tree))(params))
     leaves = [(path_of(path), float(size)) for path, size in jax.tree_util.tree_leaves_with_path(sizes)]
     broken = [path for path, size in leaves if not math.isfinite(size)]
     if not broken:
-        path, size = max(leaves, key=lambda leaf: leaf[1])
+        path, size = max(leaves, key=lambda leaf: leaf[1], default=("", 0.0))
         if size > _TOO_LARGE:
             return f"All parameters are finite, but {path} is as large as {size:.0e}."
         return "All parameters are finite, so it arises in the forward or the backward pass."

@@ -172,6 +172,15 @@ def test_a_skipped_step_keeps_the_schedule_and_the_balance_bias(model):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_a_skipped_step_leaves_the_optimizers_state_alone(model, name):
+    tx = optimizer(model, name=name).tx
+    step = jax.jit(tx.update)
+    _, before = step(model.grads, tx.init(model.params), model.params)
+    _, after = step(jax.tree.map(lambda g: g * np.nan, model.grads), before, model.params)
+    jax.tree.map(np.testing.assert_array_equal, before.inner, after.inner)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_every_large_leaf_of_the_state_lies_under_a_parameters_path(model, name):
     tx = optimizer(model, name=name, ema_decay=0.9, skip_sigma=6.0).tx
     shapes = {path: leaf.shape for path, leaf in flat(model.params).items()}
