@@ -65,8 +65,9 @@ def check(config: Any) -> None:
     Raises:
       ValueError: naming the first field that has another type than its annotation, or is not finite.
     """
+    cls: type = type(config)
     for field in dataclasses.fields(config):
-        _convert(_hints(type(config))[field.name], getattr(config, field.name), f"{type(config).__name__}.{field.name}")
+        _convert(_hints(cls)[field.name], getattr(config, field.name), f"{cls.__name__}.{field.name}")
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

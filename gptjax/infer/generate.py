@@ -55,7 +55,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "vocab_size"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+            if value is not None and (not isinstance(value, numbers.Integral) or int(value) < 1):
                 raise ValueError(f"{name}={value}: expected a whole number, at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed}: expected 0 to {2**31 - 1}")
