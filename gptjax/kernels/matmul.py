@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gptjax.parallel import rules
 from gptjax.parallel.mesh import platform
 from gptjax.types import Array
+
+_MIN_ROWS_TOGETHER = 256
+_OUTPUTS = "NHF"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -26,6 +32,23 @@ def einsum(spec: str, x: Array, w: Array) -> Array:
     operand has it, which a product of an activation and a weight never does.
     """
     return _product(spec, x, w)
+
+
+def project(x_BTD: Array, kernels: Sequence[Array]) -> list[Array]:
+    """The products `[B, T, ...]` of one input and several kernels `[D, ...]`.
+
+    With many rows on CPU they are one product: small ones leave XLA:CPU's threads waiting for each other, and the
+    gradient of the input is one product more instead of a sum of several. With few rows, putting the kernels side
+    by side would cost more than the products.
+    """
+    rows, d_model = math.prod(x_BTD.shape[:2]), x_BTD.shape[2]
+    if platform() != "cpu" or rules.current_mesh() is not None or rows < _MIN_ROWS_TOGETHER:
+        letters = [_OUTPUTS[: kernel.ndim - 1] for kernel in kernels]
+        return [einsum(f"BTD,D{out}->BT{out}", x_BTD, kernel) for out, kernel in zip(letters, kernels, strict=True)]
+    flat = [kernel.reshape(d_model, -1) for kernel in kernels]
+    y_BTF = einsum("BTD,DF->BTF", x_BTD, jnp.concatenate(flat, axis=1))
+    parts = jnp.split(y_BTF, np.cumsum([kernel.shape[1] for kernel in flat])[:-1], axis=2)
+    return [part.reshape(*x_BTD.shape[:2], *kernel.shape[1:]) for part, kernel in zip(parts, kernels, strict=True)]
 
 
 def computed_once(x: Array) -> Array:

@@ -12,7 +12,7 @@ from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
 from gptjax.nn.config import AttentionConfig, RopeConfig
 from gptjax.nn.init import declare
-from gptjax.nn.linear import Linear
+from gptjax.nn.linear import Kernel, Linear, project
 from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array
@@ -55,9 +55,12 @@ class Attention(nn.Module):
         self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
     ) -> tuple[Array, Mapping[str, Array] | None]:
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        q_BTNH = self._project("query", cfg.num_heads, "heads", d_model)(x_BTD)
-        k_BTKH = self._project("key", cfg.num_kv_heads, "kv_heads", d_model)(x_BTD)
-        v_BTKH = self._project("value", cfg.num_kv_heads, "kv_heads", d_model)(x_BTD)
+        weights = (
+            self._kernel("query", cfg.num_heads, "heads", d_model)(),
+            self._kernel("key", cfg.num_kv_heads, "kv_heads", d_model)(),
+            self._kernel("value", cfg.num_kv_heads, "kv_heads", d_model)(),
+        )
+        q_BTNH, k_BTKH, v_BTKH = project(x_BTD, weights)
         if cfg.qk_norm is not None:
             q_BTNH = Norm(cfg.qk_norm, axis="head_dim", name="query_norm")(q_BTNH)
             k_BTKH = Norm(cfg.qk_norm, axis="head_dim", name="key_norm")(k_BTKH)
@@ -95,9 +98,8 @@ class Attention(nn.Module):
         )
         return out(o_BTNH), cache
 
-    def _project(self, name: str, num_heads: int, axis: str, d_model: int) -> Linear:
-        return Linear(
-            spec="BTD,DNH->BTNH",
+    def _kernel(self, name: str, num_heads: int, axis: str, d_model: int) -> Kernel:
+        return Kernel(
             shape=(d_model, num_heads, self.cfg.head_dim),
             axes=("embed", axis, "head_dim"),
             bias=self.cfg.bias,

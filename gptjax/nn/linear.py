@@ -22,6 +22,13 @@ def einsum(spec: str, x: Array, kernel: Array) -> Array:
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
 
 
+def project(x_BTD: Array, weights: Sequence[tuple[Array, Array | None]]) -> list[Array]:
+    """`x_BTD @ kernel + bias` for each kernel `[D, ...]` and bias; see `kernels.matmul.project`."""
+    products = matmul.project(x_BTD, [kernel.astype(x_BTD.dtype) for kernel, _ in weights])
+    biases = [bias for _, bias in weights]
+    return [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(products, biases, strict=True)]
+
+
 def grouped(x_MD: Array, kernel_EDF: Array, groups: Groups) -> Array:
     """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
     return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), groups)
