@@ -103,3 +103,21 @@ def test_rows_are_merged_on_cpu_only():
 
     assert "contracting_dims = [0] x [0]" in _compiled_gradient(product, "cpu")
     assert "contracting_dims = [0, 1] x [0, 1]" in _compiled_gradient(product, "tpu")
+
+
+@pytest.mark.parametrize(("length", "num_products"), [(4, 3), (64, 1)])
+def test_products_of_one_input_are_one_where_there_are_many_rows(length, num_products):
+    rng = np.random.default_rng(0)
+    x, *kernels = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, length, 6), (6, 4, 3), (6, 2, 3), (6, 5)))
+
+    def apart(x, kernels):
+        return [jnp.einsum("BTD,D...->BT...", x, kernel) for kernel in kernels]
+
+    assert str(jax.make_jaxpr(matmul.project)(x, kernels)).count("dot_general[") == num_products
+
+    def loss(fn):
+        return lambda x, kernels: sum((i + 1.0) * jnp.sum(jnp.sin(y)) for i, y in enumerate(fn(x, kernels)))
+
+    got, want = (jax.jit(jax.value_and_grad(loss(fn), (0, 1)))(x, kernels) for fn in (matmul.project, apart))
+    for got_leaf, want_leaf in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got_leaf, want_leaf, rtol=1e-4, atol=1e-4)
