@@ -22,5 +22,6 @@ def get_config(data_dir: str = "data/shakespeare_char") -> ConfigDict:
     config.optim = base.adamw(learning_rate=1e-3, warmup_steps=100, b2=0.99)
     config.train.num_steps = 2000
     config.train.eval_every = 500
+    config.train.eval_batches = 0  # all of the held-out tenth
     config.train.checkpoint_every = 1000
     return config.lock()

@@ -51,44 +51,6 @@ def row_sum(x: Array) -> Array:
     return jnp.einsum("...v,v->...", x, ones, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def scale_rows(x: Array, scale: Array) -> Array:
-    """`x * scale` of `[..., D]` and `[D]`, differentiable in reverse mode only."""
-    return x * scale
-
-
-def _scale_rows_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, scale = residuals
-    return (g * scale).astype(x.dtype), _column_sum(g * x).astype(scale.dtype)
-
-
-scale_rows.defvjp(lambda x, scale: (x * scale, (x, scale)), _scale_rows_backward)
-
-
-@jax.custom_vjp
-def add_to_rows(x: Array, bias: Array) -> Array:
-    """`x + bias` of `[..., D]` and `[D]` in the dtype of `x`, differentiable in reverse mode only."""
-    return x + bias.astype(x.dtype)
-
-
-add_to_rows.defvjp(
-    lambda x, bias: (x + bias.astype(x.dtype), bias),
-    lambda bias, g: (g, _column_sum(g).astype(bias.dtype)),
-)
-
-
-def _column_sum(x: Array) -> Array:
-    """`[..., D] -> [D]`."""
-    if rules.current_mesh() is not None:
-        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
-    flat = x.reshape(-1, x.shape[-1])
-
-    def product(flat: Array) -> Array:
-        return jnp.ones(flat.shape[0], flat.dtype) @ flat
-
-    return jax.lax.platform_dependent(flat, cpu=product, default=lambda flat: flat.sum(0))
-
-
 def norm(tree: Any) -> Array:
     """The 2-norm of all the tree's elements together, a float32 scalar."""
     return jnp.sqrt(sum((_sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(())))

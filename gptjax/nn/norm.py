@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gptjax.kernels import rows
 from gptjax.nn.config import NormConfig
 from gptjax.nn.init import declare
 from gptjax.types import Array
@@ -33,7 +32,7 @@ class Norm(nn.Module):
         if cfg.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.eps)
-        y = rows.scale_rows(y, 1.0 + scale if cfg.zero_centered else scale)
+        y = y * (1.0 + scale if cfg.zero_centered else scale)
         if cfg.bias:
-            y = rows.add_to_rows(y, self.param("bias", declare(shape, axes)))
+            y = y + self.param("bias", declare(shape, axes))
         return y.astype(x.dtype)
