@@ -7,6 +7,7 @@ import os
 import re
 import sys
 
+import jax
 import jaxlib
 
 # XLA aborts on a flag that it does not know, so this one is set only for the releases known to have it.
@@ -18,12 +19,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def configure_training() -> None:
-    """Gives matrix products back to XLA:CPU's Eigen kernels, and simulated devices enough threads.
+    """Sets up JAX, before its first computation, for a process that trains on CPU. Other platforms do not mind.
 
-    YNNPACK fusions are slower in most training, though not in decoding, whose products have few rows. Sets
-    `XLA_FLAGS` and `NPROC`, which JAX reads at its first computation, where they do not say otherwise.
-    Other platforms do not read them.
+    Matrix products go back to XLA:CPU's Eigen kernels: YNNPACK fusions are slower in most training, though not
+    in decoding, whose products have few rows. Simulated devices get enough threads. Both are
+    variables of the environment (`XLA_FLAGS`, `NPROC`), left alone where they say otherwise.
+
+    Steps run in the thread that calls them, so that the memory of each is what `keep_freed_memory` kept of the last:
+    a thread's own part of the heap holds no block over 64 MiB. The step waits for no host work that matters:
+    batches come from other threads.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     simulated = _DEVICES.search(os.environ.get("XLA_FLAGS", ""))
     if simulated:
         # Each collective blocks a thread of the pool, and devices may enter two of them in different order.
@@ -39,8 +45,8 @@ def keep_freed_memory() -> None:
 
     For a process that trains on CPU: its memory stays at its peak.
 
-    Blocks over 64 MiB that a thread other than the first asks for are mapped all the same; `start_environment`
-    makes those cheaper. One arena for all threads would not be: they wait for each other.
+    Blocks over 64 MiB that a thread other than the first asks for are mapped all the same. One arena for all
+    threads would not help: they wait for each other.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -53,7 +59,6 @@ def keep_freed_memory() -> None:
 def start_environment() -> dict[str, str]:
     """This process's environment, with what the C library reads when a process that trains on CPU starts.
 
-    The temporary arrays of each step are new memory: huge pages make that a few hundred page faults
-    instead of fifty thousand.
+    Memory in huge pages: fewer page faults while it grows, and fewer misses of the processor's page cache.
     """
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ

@@ -16,9 +16,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gptjax.kernels.grouped import place
 from gptjax.nn.config import MoEConfig
@@ -62,59 +64,69 @@ def apply_experts(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Ar
     local = _dropless if cfg.capacity_factor is None else _capacity
     mesh = rules.current_mesh()
     if mesh is None:
-        return local(cfg, (), x_BTD, index_BTA, weight_BTA, weights)
+        return local(cfg, _Axes(), x_BTD, index_BTA, weight_BTA, weights)
     # Capacity counts within whole rows, so there the sequence is not split.
     length = "act_length" if cfg.capacity_factor is None else None
-    tokens = rules.spec("act_batch", length, None)
-    up = (rules.spec("experts", None, "mlp"), rules.spec("experts", "mlp"))
-    down = (rules.spec("experts", "mlp", None), rules.spec("experts", None))
-    specs = {name: down if name == "down" else up for name in weights}
-    present = {name: (specs[name][0], None if bias is None else specs[name][1]) for name, (_, bias) in weights.items()}
-    axes = tuple((axis, mesh.shape[axis]) for axis in mesh.axis_names)
-    if cfg.num_experts % rules.axis_size(mesh, "experts"):
-        raise ValueError(
-            f"num_experts={cfg.num_experts} is not divisible by the {rules.axis_size(mesh, 'experts')} "
-            f"parts of mesh axes {rules.mesh_axes('experts')}"
-        )
+    tokens = rules.fitted_spec(mesh, ("act_batch", length, None), x_BTD.shape)
+    specs = {name: _weight_specs(mesh, name, kernel, bias) for name, (kernel, bias) in weights.items()}
+    experts, _, hidden = specs["up"][0]
     run = jax.shard_map(
-        functools.partial(local, cfg, axes),
+        functools.partial(local, cfg, _Axes.of(mesh, tokens[0], experts, hidden)),
         mesh=mesh,
-        in_specs=(tokens, tokens, tokens, present),
+        in_specs=(tokens, tokens, tokens, specs),
         out_specs=tokens,
         check_vma=False,
     )
     return run(x_BTD, index_BTA, weight_BTA, weights)
 
 
-class _Axes:
+def _weight_specs(mesh: Mesh, name: str, kernel: Array, bias: Array | None) -> tuple[Any, Any]:
+    """The partitions of a projection's kernel and bias; an axis that does not divide a dimension leaves it whole."""
+    up, down = ("experts", None, "mlp"), ("experts", "mlp", None)
+    names = down if name == "down" else up
+    kernel_spec = rules.fitted_spec(mesh, names, kernel.shape)
+    return kernel_spec, None if bias is None else rules.fitted_spec(mesh, (names[0], names[2]), bias.shape)
+
+
+class _Axes(NamedTuple):
     """How a manual region's mesh splits the experts.
 
     Attributes:
-      exchange: axes that split experts and batch.
-      select: axes that split experts alone; every device along them has the same tokens.
+      experts: mesh axes that split experts, with their sizes.
+      exchange: those of them that split the batch too.
+      select: those that split experts alone; every device along them has the same tokens.
       hidden: axes that split the hidden dimension of each expert.
     """
 
-    def __init__(self, sizes: tuple[tuple[str, int], ...]):
-        self.size = dict(sizes)
-        split = [axis for axis in rules.mesh_axes("experts") if self.size.get(axis, 1) > 1]
-        batch = rules.mesh_axes("act_batch")
-        self.exchange = tuple(axis for axis in split if axis in batch)
-        self.select = tuple(axis for axis in split if axis not in batch)
-        taken = rules.mesh_axes("experts")
-        self.hidden = tuple(a for a in rules.mesh_axes("mlp") if a not in taken and self.size.get(a, 1) > 1)
+    experts: tuple[tuple[str, int], ...] = ()
+    exchange: tuple[str, ...] = ()
+    select: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
-    def first_expert(self, num_local: int) -> Array | int:
-        """The first expert of this device."""
+    @classmethod
+    def of(cls, mesh: Mesh, *entries: Any) -> _Axes:
+        """From the entries of batch, experts and hidden dimension in their partitions."""
+        batch, experts, hidden = (
+            [axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if mesh.shape[axis] > 1]
+            for entry in entries
+        )
+        return cls(
+            experts=tuple((axis, mesh.shape[axis]) for axis in experts),
+            exchange=tuple(axis for axis in experts if axis in batch),
+            select=tuple(axis for axis in experts if axis not in batch),
+            hidden=tuple(hidden),
+        )
+
+    def first_expert(self, num_local: int, *, of_selected: bool = False) -> Array | int:
+        """The first expert of this device, or its first among those that `select` alone splits."""
         position: Array | int = 0
-        for axis in rules.mesh_axes("experts"):
-            if self.size.get(axis, 1) > 1:
-                position = position * self.size[axis] + jax.lax.axis_index(axis)
+        for axis, size in self.experts:
+            if not of_selected or axis in self.select:
+                position = position * size + jax.lax.axis_index(axis)
         return position * num_local
 
 
-def _dropless(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
-    axes = _Axes(sizes)
+def _dropless(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
     for axis in axes.exchange:
         x, index, weight = (jax.lax.all_gather(v, axis, axis=0, tiled=True) for v in (x, index, weight))
     num_local, (active, d_model) = weights["up"][0].shape[0], (index.shape[-1], x.shape[-1])
@@ -223,8 +235,7 @@ def _return_backward(residuals: tuple, g_MD: Array) -> tuple:
 _return.defvjp(lambda x_RD, row_M, source_R, used_R: (x_RD[row_M], (source_R, used_R)), _return_backward)
 
 
-def _capacity(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
-    axes = _Axes(sizes)
+def _capacity(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
     batch, length, d_model = x.shape
     size = capacity(cfg, length)
     slot_BTA = slots(index, cfg.num_experts)
@@ -238,7 +249,7 @@ def _capacity(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Arra
     for axis in axes.exchange:
         sent_BECD = jax.lax.all_to_all(sent_BECD, axis, split_axis=1, concat_axis=0, tiled=True)
     num_local = weights["up"][0].shape[0]
-    first = _first_selected(axes, num_local)
+    first = axes.first_expert(num_local, of_selected=True)
     if axes.select:
         sent_BECD = jax.lax.dynamic_slice_in_dim(sent_BECD, first, num_local, axis=1)
 
@@ -260,10 +271,3 @@ def _capacity(cfg: MoEConfig, sizes: tuple, x: Array, index: Array, weight: Arra
     kept = jnp.where(slot_BTA < size, weight, 0.0).astype(x.dtype)
     taken_BTAD = back_BECD[row, index, jnp.minimum(slot_BTA, size - 1)]
     return jnp.einsum("BTAD,BTA->BTD", taken_BTAD, kept)
-
-
-def _first_selected(axes: _Axes, num_local: int) -> Array | int:
-    position: Array | int = 0
-    for axis in axes.select:
-        position = position * axes.size[axis] + jax.lax.axis_index(axis)
-    return position * num_local

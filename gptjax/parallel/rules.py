@@ -99,6 +99,11 @@ def spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def fitted_spec(mesh: Mesh, names: Names, shape: tuple[int, ...]) -> PartitionSpec:
+    """`spec(*names)` without the mesh axes that do not divide their dimension of `shape` evenly."""
+    return _fit(mesh, spec(*names), shape)
+
+
 def current_mesh() -> Mesh | None:
     """The mesh set by `jax.set_mesh`, or None where none is set or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,7 @@
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +32,32 @@ def test_a_flag_that_another_release_may_not_know_is_not_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     cpu.configure_training()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+_FAULTS = """
+import resource
+from gptjax.kernels import cpu
+if {tuned}:
+    cpu.configure_training()
+    cpu.keep_freed_memory()
+import jax, jax.numpy as jnp
+x = jnp.ones((2, 4_000, 4_000))  # 128 MB; the sums in between as much
+step = jax.jit(lambda x: jnp.cumsum(jnp.cumsum(x, axis=1)[:, ::-1], axis=2).sum())
+for _ in range(3):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of other C libraries is left alone")
+def test_the_memory_of_a_step_is_that_of_the_last():
+    """Blocks over 64 MiB too, which only the first thread's part of the heap holds."""
+
+    def faults(tuned: bool) -> int:
+        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+        code = _FAULTS.format(tuned=tuned)
+        return int(subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=120))
+
+    assert faults(tuned=True) < 1_000 < 10_000 < faults(tuned=False)
