@@ -264,7 +264,7 @@ def _capacity(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array
     hidden = activate(cfg.activation, project("up", "BECD,EDF->BECF", sent_BECD), gate)
     back_BECD = project("down", "BECF,EFD->BECD", hidden)
     back_BECD = jax.lax.psum(back_BECD, axes.hidden) if axes.hidden else back_BECD
-    for axis in axes.select:
+    for axis in reversed(axes.select):
         back_BECD = jax.lax.all_gather(back_BECD, axis, axis=1, tiled=True)
     for axis in reversed(axes.exchange):
         back_BECD = jax.lax.all_to_all(back_BECD, axis, split_axis=0, concat_axis=1, tiled=True)

@@ -11,7 +11,7 @@ import pytest
 from gptjax.nn import transformer
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from tests.nn.zoo import CAPACITY_MOE, GROUPED_MOE, MOE, TINY
+from tests.nn.zoo import CAPACITY_MOE, GROUPED_MOE, MOE, TINY, ZOO
 
 MESHES = {
     "data": {"data": 8},
@@ -29,12 +29,17 @@ MODELS = {
     "moe": dataclasses.replace(TINY, moe=MOE, first_k_dense=1),
     "moe_grouped": dataclasses.replace(TINY, moe=GROUPED_MOE),
     "moe_capacity": dataclasses.replace(TINY, moe=CAPACITY_MOE),
+    # Three experts of 15 hidden units split over no axis of two.
+    "moe_odd": dataclasses.replace(TINY, moe=dataclasses.replace(MOE, num_experts=3, d_ff=15, bias=True)),
+    **{name: dataclasses.replace(TINY, **ZOO[name]) for name in ("mla", "window", "sandwich")},
 }
 BATCH, LENGTH = 8, 16
 # Every split for the two main kinds; the other routers and the capacity way where experts are split.
 EXPERT_MESHES = ["data_context_tensor", "expert", "fsdp_expert_tensor", "expert_wide"]
 CASES = [(model, mesh) for model in ("dense", "moe") for mesh in MESHES]
 CASES += [(model, mesh) for model in ("moe_grouped", "moe_capacity") for mesh in EXPERT_MESHES]
+CASES += [("moe_odd", "fsdp_expert_tensor"), ("moe_odd", "expert_wide")]
+CASES += [(model, "data_context_tensor") for model in ("mla", "window", "sandwich")]
 
 
 def mesh_of(name):
@@ -86,6 +91,19 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(model, mesh_name):
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(got), strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("mesh_name", EXPERT_MESHES)
+@pytest.mark.parametrize("model", ["moe", "moe_capacity"])
+def test_rows_that_do_not_divide_the_mesh_are_computed_all_the_same(model, mesh_name):
+    """As when a few prompts are completed on many devices."""
+    cfg, params, tokens, segments, _ = reference(model)
+    forward = jax.jit(lambda params, *batch: loss(cfg, params, *batch)[0])
+    config, mesh = mesh_of(mesh_name)
+    expected = forward(params, tokens[:3], segments[:3])
+    with jax.set_mesh(mesh), rules.use(config.rules):
+        sharded = jax.device_put(params, rules.tree_shardings(mesh, transformer.param_axes(cfg), params))
+        np.testing.assert_allclose(forward(sharded, tokens[:3], segments[:3]), expected, atol=1e-5)
 
 
 def test_parameters_and_activations_are_really_split():
