@@ -122,8 +122,7 @@ class Model:
         if not isinstance(prompt, str):
             return list(prompt)
         tokenizer = self._needed_tokenizer()
-        start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        return ([] if start_id is None else [start_id]) + tokenizer.encode(prompt)
+        return ([] if tokenizer.start_id is None else [tokenizer.start_id]) + tokenizer.encode(prompt)
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -2,12 +2,16 @@
 
     meta.json            what it holds, with a checksum of every file below
     00000.tokens         token ids, little-endian uint16, or uint32 past 65,536 pieces
+    00000.checksums      CRC-32 of each 64 KiB of them, uint32
     00000.documents      per document its number of tokens and its bytes of text, two uint32
     tokenizer.model      the tokenizer
 
 A document is stored as `start token, its tokens, end token` (those the tokenizer has), so every
 token of the text and the end has a token before it to be predicted from. A document never
 spans shards.
+
+Each 64 KiB of tokens are compared with their checksum when they are read for the first time, so
+no damaged token is ever trained on, however large the store is.
 
 The tokenizer lies beside them, so a store can be read and scored on its own. See writer.py for
 how a store comes to be.
@@ -30,10 +34,11 @@ from gptjax.data import tokenizer
 
 T = TypeVar("T")
 
-VERSION = 1
+VERSION = 2
 META = "meta.json"
 _CHECK_ON_OPEN_BYTES = 1 << 28
 _CHECK_BLOCK_BYTES = 1 << 24
+_CHECKSUM_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class ShardMeta:
     num_tokens: int
     num_bytes: int
     text_crc: int
-    tokens_crc: int
+    checksums_crc: int
     documents_crc: int
 
 
@@ -85,7 +90,7 @@ class Store:
         self.starts = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, dtype=np.int64, out=self.starts[1:])
         self._shard_starts = np.cumsum([0, *(shard.num_tokens for shard in meta.shards)])
-        self._shards = [_map(path / tokens_name(i), token_dtype(meta.vocab_size)) for i in range(len(meta.shards))]
+        self._shards = [Tokens(path, i, token_dtype(meta.vocab_size)) for i in range(len(meta.shards))]
 
     @property
     def num_documents(self) -> int:
@@ -111,10 +116,13 @@ class Store:
         return found
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `[start, start + length)`, which must lie within one document."""
+        """Tokens `[start, start + length)`, which must lie within one document.
+
+        Raises:
+          ValueError: if they are not what was written.
+        """
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        offset = start - int(self._shard_starts[shard])
-        return self._shards[shard][offset : offset + length]
+        return self._shards[shard].read(start - int(self._shard_starts[shard]), length)
 
     def document(self, index: int) -> np.ndarray:
         start, stop = self.starts[index : index + 2].tolist()
@@ -130,19 +138,73 @@ class Store:
         Raises:
           ValueError: naming the first file that does not hold what was written.
         """
-        for index, shard in enumerate(self.meta.shards):
-            check(self.path / tokens_name(index), shard.tokens_crc)
-            check(self.path / documents_name(index), shard.documents_crc)
+        for index, (shard, tokens) in enumerate(zip(self.meta.shards, self._shards, strict=True)):
+            check_shard(self.path, index, shard, self.meta.vocab_size)
+            tokens.verify()
 
     def _document_sizes(self, column: int) -> np.ndarray:
         maps = [_map(self.path / documents_name(i), "<u4") for i in range(len(self.meta.shards))]
         return np.concatenate([sizes.reshape(-1, 2)[:, column] for sizes in maps])
 
 
-def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Store:
-    """Opens a store and checks the size of every file and the checksum of every table of documents.
+class Tokens:
+    """The tokens of shard `index`; each block is compared with its checksum when it is read for the first time."""
 
-    Those of the tokens are checked too unless they are over 256 MiB: then `verify` does it, which
+    def __init__(self, directory: pathlib.Path, index: int, dtype: str):
+        self._path = directory / tokens_name(index)
+        self._tokens = _map(self._path, dtype)
+        self._checksums = _map(directory / checksums_name(index), "<u4")
+        self._checked = np.zeros(len(self._checksums), np.bool_)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Raises:
+        ValueError: if they are not what was written.
+        """
+        size = self._tokens.itemsize
+        first, stop = start * size // _CHECKSUM_BYTES, -(-(start + length) * size // _CHECKSUM_BYTES)
+        if not self._checked[first:stop].all():
+            self._check(first, stop)
+        return self._tokens[start : start + length]
+
+    def verify(self) -> None:
+        """Compares all, also those that were compared before."""
+        self._check(0, len(self._checksums))
+
+    def _check(self, first: int, stop: int) -> None:
+        raw = self._tokens.view(np.uint8)
+        for block in range(first, stop):
+            crc = zlib.crc32(raw[block * _CHECKSUM_BYTES : (block + 1) * _CHECKSUM_BYTES])
+            _compare(self._path, crc, int(self._checksums[block]), f" of bytes from {block * _CHECKSUM_BYTES:,}")
+            self._checked[block] = True
+
+
+class BlockChecksums:
+    """Makes the checksums of a shard's tokens while they are written."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        """Takes the next bytes of the file."""
+        rest = memoryview(data)
+        while rest:
+            room = _CHECKSUM_BYTES - self._size % _CHECKSUM_BYTES
+            if room == _CHECKSUM_BYTES:
+                self._sums.append(0)
+            self._sums[-1] = zlib.crc32(rest[:room], self._sums[-1])
+            self._size += len(rest[:room])
+            rest = rest[room:]
+
+    def to_bytes(self) -> bytes:
+        """What the file of checksums holds."""
+        return np.array(self._sums, "<u4").tobytes()
+
+
+def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Store:
+    """Opens a store and checks the size of every file and the checksum of every table.
+
+    Tokens are checked too, unless they are over 256 MiB: then when they are read, or by `verify`, which
     `experiments.prepare_data`, run again, calls.
 
     With the `fingerprint` of the tokenizer in use, a store made with another is refused.
@@ -166,15 +228,10 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
             f"{directory}: made with tokenizer {meta.fingerprint[:12]}, expected {fingerprint[:12]}; "
             "name the tokenizer that prepared it, or prepare it again"
         )
-    total = 0
     for index, shard in enumerate(meta.shards):
-        tokens_bytes = shard.num_tokens * np.dtype(token_dtype(meta.vocab_size)).itemsize
-        _check_size(directory / tokens_name(index), tokens_bytes)
-        _check_size(directory / documents_name(index), shard.num_documents * 8)
-        check(directory / documents_name(index), shard.documents_crc)
-        total += tokens_bytes
+        check_shard(directory, index, shard, meta.vocab_size)
     store = Store(directory, meta)
-    if total <= _CHECK_ON_OPEN_BYTES:
+    if store.num_tokens * np.dtype(token_dtype(meta.vocab_size)).itemsize <= _CHECK_ON_OPEN_BYTES:
         store.verify()
     return store
 
@@ -203,14 +260,25 @@ def _check_size(path: pathlib.Path, expected: int) -> None:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected}; {_HOW_TO_REPAIR}")
 
 
-def check(path: pathlib.Path, expected: int) -> None:
-    """Raises ValueError unless the CRC-32 of the file is `expected`."""
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_CHECK_BLOCK_BYTES):
-            crc = zlib.crc32(block, crc)
+def check_shard(directory: pathlib.Path, index: int, shard: ShardMeta, vocab_size: int) -> None:
+    """Raises ValueError unless the files of shard `index` have their sizes, and the tables what was written."""
+    tokens_bytes = shard.num_tokens * np.dtype(token_dtype(vocab_size)).itemsize
+    _check_size(directory / tokens_name(index), tokens_bytes)
+    _check_size(directory / checksums_name(index), -(-tokens_bytes // _CHECKSUM_BYTES) * 4)
+    _check_size(directory / documents_name(index), shard.num_documents * 8)
+    for name, expected in ((checksums_name(index), shard.checksums_crc), (documents_name(index), shard.documents_crc)):
+        crc = 0
+        with (directory / name).open("rb") as file:
+            while block := file.read(_CHECK_BLOCK_BYTES):
+                crc = zlib.crc32(block, crc)
+        _compare(directory / name, crc, expected)
+
+
+def _compare(path: pathlib.Path, crc: int, expected: int, where: str = "") -> None:
     if crc != expected:
-        raise ValueError(f"{path}: checksum {crc:08x}, expected {expected:08x}: the file is damaged; {_HOW_TO_REPAIR}")
+        raise ValueError(
+            f"{path}: checksum{where} {crc:08x}, expected {expected:08x}: the file is damaged; {_HOW_TO_REPAIR}"
+        )
 
 
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -233,6 +301,11 @@ def token_dtype(vocab_size: int) -> str:
 def tokens_name(index: int) -> str:
     """File of the tokens of shard `index`."""
     return f"{index:05d}.tokens"
+
+
+def checksums_name(index: int) -> str:
+    """File of the checksums of shard `index`'s tokens."""
+    return f"{index:05d}.checksums"
 
 
 def documents_name(index: int) -> str:

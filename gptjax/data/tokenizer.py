@@ -81,6 +81,11 @@ class Tokenizer:
         ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id)
         return frozenset(id for id in ids if id is not None)
 
+    @property
+    def start_id(self) -> int | None:
+        """The token that documents begin with, so that their first piece can be predicted too."""
+        return self.bos_id if self.bos_id is not None else self.eos_id
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special ids.
 

@@ -52,13 +52,12 @@ def write_store(
     """
     final = store.local_path(path)
     partial = store.partial_path(final)
-    start_id = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     plan = store.StoreMeta(
         version=store.VERSION,
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         source=description,
-        start_id=start_id,
+        start_id=tokenizer.start_id,
         end_id=tokenizer.eos_id,
         shard_bytes=shard_bytes,
     )
@@ -145,8 +144,8 @@ def _finish_shard(
             f"{directory}: shard {index} was made from other text than {plan.source} holds now "
             f"(checksum {shard.text_crc:08x}, now {crc:08x}); delete {directory} to start afresh"
         )
-    store.check(directory / store.tokens_name(index), shard.tokens_crc)
-    store.check(directory / store.documents_name(index), shard.documents_crc)
+    store.check_shard(directory, index, shard, plan.vocab_size)
+    store.Tokens(directory, index, store.token_dtype(plan.vocab_size)).verify()
     counter.add(shard.num_documents, shard.num_bytes, shard.num_tokens, seconds=None)
     return shard
 
@@ -163,7 +162,7 @@ def _write_shard(
     tail = [] if plan.end_id is None else [plan.end_id]
     dtype = store.token_dtype(plan.vocab_size)
     counts: list[tuple[int, int]] = []
-    text_crc = tokens_crc = 0
+    checksums, text_crc = store.BlockChecksums(), 0
     with _synced(directory / store.tokens_name(index)) as tokens_file:
         while batch := list(_until_full(documents, _BATCH_BYTES)):
             began = time.perf_counter()
@@ -174,22 +173,24 @@ def _write_shard(
             rows = [np.concatenate([head, ids, tail]).astype(dtype) for ids in tokenizer.encode_batch(texts)]
             block = np.concatenate(rows).tobytes()
             tokens_file.write(block)
-            tokens_crc = zlib.crc32(block, tokens_crc)
+            checksums.add(block)
             new = [(len(row), len(raw)) for row, raw in zip(rows, encoded, strict=True)]
             counts += new
             tokens, size = map(sum, zip(*new, strict=True))
             counter.add(len(batch), size, tokens, seconds=time.perf_counter() - began)
     table = np.array(counts, "<u4")
-    with _synced(directory / store.documents_name(index)) as documents_file:
-        documents_file.write(table.tobytes())
+    tables = {store.documents_name(index): table.tobytes(), store.checksums_name(index): checksums.to_bytes()}
+    for name, content in tables.items():
+        with _synced(directory / name) as file:
+            file.write(content)
     num_tokens, num_bytes = table.sum(axis=0, dtype=np.int64).tolist()
     return store.ShardMeta(
         num_documents=len(counts),
         num_tokens=num_tokens,
         num_bytes=num_bytes,
         text_crc=text_crc,
-        tokens_crc=tokens_crc,
-        documents_crc=zlib.crc32(table.tobytes()),
+        checksums_crc=zlib.crc32(tables[store.checksums_name(index)]),
+        documents_crc=zlib.crc32(tables[store.documents_name(index)]),
     )
 
 

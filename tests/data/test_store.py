@@ -137,27 +137,49 @@ def test_no_text_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["00002.tokens", "00000.documents"])
+@pytest.mark.parametrize("name", ["00002.tokens", "00001.checksums", "00000.documents"])
 def test_one_flipped_bit_is_noticed(written, name):
     path = written.path / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: checksum [0-9a-f]{{8}}, expected [0-9a-f]{{8}}"):
+    with pytest.raises(ValueError, match=f"{name}: checksum.* [0-9a-f]{{8}}, expected [0-9a-f]{{8}}"):
         store.open_store(written.path)
 
 
-def test_tokens_of_large_stores_are_checked_when_prepared_again_their_documents_always(written, monkeypatch):
-    path = written.path / "00001.tokens"
-    path.write_bytes(bytes(len(path.read_bytes())))
+def test_tokens_of_a_large_store_are_checked_when_they_are_read_its_tables_always(written, monkeypatch):
     monkeypatch.setattr(store, "_CHECK_ON_OPEN_BYTES", 10)
-    store.open_store(written.path)
+    path, damaged = written.path / "00001.tokens", written.meta.shards[0].num_documents
+    path.write_bytes(bytes(len(path.read_bytes())))
+    opened = store.open_store(written.path)
+    assert opened.document(damaged - 1)[0] == BYTES.bos_id
+    with pytest.raises(ValueError, match="00001.tokens: checksum of bytes from 0 "):
+        opened.document(damaged)
     with pytest.raises(ValueError, match="00001.tokens: checksum"):
         writer.write_store(written.path, DOCUMENTS, BYTES, **SMALL_SHARDS)
     path = written.path / "00002.documents"
     path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(ValueError, match="00002.documents: checksum"):
         store.open_store(written.path)
+
+
+def test_each_block_has_its_checksum_however_the_tokens_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_CHECKSUM_BYTES", 64)
+    monkeypatch.setattr(store, "_CHECK_ON_OPEN_BYTES", 0)
+    written = writer.write_store(tmp_path / "store", DOCUMENTS, BYTES, description="blocks")
+    path = tmp_path / "store" / "00000.tokens"
+    content = bytearray(path.read_bytes())
+    sums = np.frombuffer((tmp_path / "store" / "00000.checksums").read_bytes(), "<u4")
+    assert sums.tolist() == [zlib.crc32(content[at : at + 64]) for at in range(0, len(content), 64)]
+    written.verify()
+    content[64 * 5 + 3] ^= 1
+    path.write_bytes(content)
+    opened = store.open_store(tmp_path / "store")
+    before, after = opened.read(0, 160), opened.read(192, opened.num_tokens - 192)  # up to the block, and from its end
+    assert (len(before), len(after)) == (160, written.num_tokens - 192)
+    for start, length in ((159, 2), (160, 1), (191, 1), (100, 200)):
+        with pytest.raises(ValueError, match="00000.tokens: checksum of bytes from 320 "):
+            opened.read(start, length)
 
 
 def test_token_numbers_beyond_32_bits(tmp_path):
@@ -169,12 +191,17 @@ def test_token_numbers_beyond_32_bits(tmp_path):
             file.write(np.array([97 + index, 258], "<u2").tobytes())
         sizes = np.array([[length, length - 2]], "<u4").tobytes()
         (tmp_path / store.documents_name(index)).write_bytes(sizes)
-        crc = zlib.crc32(sizes)
+        zeros = bytes(1 << 16)
+        last = zlib.crc32(zeros[:-6] + np.array([97 + index, 258], "<u2").tobytes())
+        sums = np.full(1 << 17, zlib.crc32(zeros), "<u4")
+        sums[-1] = last
+        (tmp_path / store.checksums_name(index)).write_bytes(sums.tobytes())
         shards.append(
             store.ShardMeta(
-                num_documents=1, num_tokens=length, num_bytes=length - 2, text_crc=0, tokens_crc=0, documents_crc=crc
+                num_documents=1, num_tokens=length, num_bytes=length - 2, text_crc=0,
+                checksums_crc=zlib.crc32(sums.tobytes()), documents_crc=zlib.crc32(sizes),
             )
-        )
+        )  # fmt: skip
     meta = store.StoreMeta(
         version=store.VERSION, fingerprint=BYTES.fingerprint, vocab_size=260, source="holes", start_id=0, end_id=258,
         shard_bytes=1 << 40, shards=tuple(shards),
@@ -190,7 +217,7 @@ def test_token_numbers_beyond_32_bits(tmp_path):
         assert opened.read(last.start, last.length + 1)[-2:].tolist() == [98, 258]
 
 
-@pytest.mark.parametrize("name", ["00002.tokens", "00000.documents"])
+@pytest.mark.parametrize("name", ["00002.tokens", "00001.checksums", "00000.documents"])
 def test_a_cut_or_missing_file_is_named(written, name):
     path = written.path / name
     os.truncate(path, path.stat().st_size - 2)
@@ -213,7 +240,7 @@ def test_other_versions_and_tokenizers_are_refused(written):
         store.open_store(written.path, fingerprint="abc")
     meta = json.loads((written.path / "meta.json").read_text())
     (written.path / "meta.json").write_text(json.dumps(meta | {"version": 99}))
-    with pytest.raises(ValueError, match="store version 99, expected 1"):
+    with pytest.raises(ValueError, match="store version 99, expected 2"):
         store.open_store(written.path)
 
 
