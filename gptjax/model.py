@@ -134,7 +134,7 @@ def checked_tokens(config: ModelConfig, tokens: Any) -> np.ndarray:
     """`tokens` as int32 `[B, T]`.
 
     Raises:
-      ValueError: for another shape, tokens out of the vocabulary, or more than learned positions.
+      ValueError: for another shape, tokens out of the vocabulary, or more of them than the model's context.
     """
     tokens_BT = np.asarray(tokens)
     if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
@@ -151,10 +151,13 @@ def checked_tokens(config: ModelConfig, tokens: Any) -> np.ndarray:
 
 def check_length(config: ModelConfig, length: int) -> None:
     """Raises:
-    ValueError: if there are more positions than a model with learned ones has.
+    ValueError: if the sequence is longer than the model's context.
     """
-    if config.learned_positions and length > config.seq_len:
-        raise ValueError(f"tokens: {length} positions exceed the learned ones, seq_len={config.seq_len}")
+    if length > config.seq_len:
+        raise ValueError(
+            f"tokens: {length} positions exceed the model's context, seq_len={config.seq_len}; "
+            f"shorten the sequence{generation.longer_context(config)}"
+        )
 
 
 def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Model:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from gptjax.infer import decode
 from gptjax.infer.layout import for_decoding
@@ -91,7 +90,7 @@ def generate(
 
     Raises:
       ValueError: for an empty or out-of-vocabulary prompt, a model that cannot generate, or a
-        length beyond its learned positions.
+        length beyond its context.
     """
     if config.stop and decode_fn is None:
         raise ValueError(f"stop={list(config.stop)}: stop strings need the tokenizer's decode function")
@@ -250,13 +249,18 @@ def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], config: GenerateC
     longest = max(len(prompt) for prompt in prompts)
     if longest + config.max_new_tokens <= cfg.seq_len:
         return
-    length = f"a prompt of {longest} tokens + max_new_tokens={config.max_new_tokens}"
+    raise ValueError(
+        f"a prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} exceed the model's context, "
+        f"seq_len={cfg.seq_len}; shorten the prompt, or ask for at most {max(cfg.seq_len - longest, 0)} tokens"
+        + longer_context(cfg)
+    )
+
+
+def longer_context(cfg: ModelConfig) -> str:
+    """What else an error may advise where a sequence is too long."""
     if cfg.learned_positions:
-        raise ValueError(
-            f"{length} exceed the model's learned positions, seq_len={cfg.seq_len}; "
-            f"shorten the prompt or ask for at most {max(cfg.seq_len - longest, 0)} tokens"
-        )
-    logging.info("%s exceed seq_len=%d, which the model was built for; quality may fall", length, cfg.seq_len)
+        return ""
+    return ", or give the ModelConfig a larger seq_len: rotary positions go on, at lower quality unless they are scaled"
 
 
 def _bucket(length: int) -> int:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from gptjax.nn import dispatch
 from gptjax.nn.config import GATED_ACTIVATIONS, MLPConfig, MoEConfig
 from gptjax.nn.init import declare
-from gptjax.nn.linear import Kernel
+from gptjax.nn.linear import Kernel, Linear
 from gptjax.nn.mlp import MLP
 from gptjax.types import Array
 
@@ -33,11 +33,11 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, valid_BT: Array) -> tuple[Array, dict[str, Array]]:
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        router = Kernel((d_model, cfg.num_experts), ("embed", None), bias=cfg.router_bias, name="router")
-        kernel, bias = router()
+        router = Linear(
+            (d_model, cfg.num_experts), ("embed", None), bias=cfg.router_bias, spec="BTD,DE->BTE", name="router"
+        )
         # Scores decide by small differences, so the router stays in float32.
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel)
-        logits_BTE = logits_BTE if bias is None else logits_BTE + bias
+        logits_BTE = router(x_BTD.astype(jnp.float32))
         balance_E = None
         if cfg.balancing == "bias":
             balance_E = self.param("balance_bias", declare((cfg.num_experts,), (None,)))

@@ -69,8 +69,8 @@ def masked_lm(
       special_ids: tokens that are never hidden.
       fraction: of the other tokens that is.
     """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"fraction={fraction} of the tokens to hide: expected above 0 and below 1")
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"fraction={fraction} of the tokens to hide: expected over 0 and at most 1")
     if config.causal:
         raise ValueError("masked_lm needs a bidirectional model: got causal=True, set causal=False in the ModelConfig")
     if not 0 <= mask_id < config.vocab_size or vocab_size > config.vocab_size:

@@ -284,9 +284,10 @@ def test_a_boolean_mask_is_one_of_zeros_and_ones():
     np.testing.assert_array_equal(*masked)
 
 
-def test_more_tokens_than_learned_positions_are_refused():
-    model = GPT4LMHeadModel.from_config(SMALL, position="learned", seq_len=8)
-    with pytest.raises(ValueError, match="9 positions exceed the learned ones, seq_len=8"):
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_more_tokens_than_the_context_are_refused(position):
+    model = GPT4LMHeadModel.from_config(SMALL, position=position, seq_len=8)
+    with pytest.raises(ValueError, match="9 positions exceed the model's context, seq_len=8"):
         model(np.ones(9, np.int32))
 
 

@@ -173,15 +173,17 @@ def test_few_lengths_of_buffers_are_compiled_and_little_is_read_past_the_end():
     assert len(set(lengths)) == 8 + 4 * 4  # up to 512 in steps of 64, then four a doubling
 
 
-def test_learned_positions_are_a_limit_and_rotary_ones_a_warning(tiny, caplog):
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_context_is_a_limit(tiny, learned):
     cfg, params = tiny
-    learned = dataclasses.replace(cfg, learned_positions=True)
-    with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=53.*seq_len=64.*at most 52"):
-        generate(learned, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=53))
-    with caplog.at_level(std_logging.INFO, logger="absl"):
-        (completion,) = generate(cfg, params, prompts=[[1, 2]], config=GenerateConfig(max_new_tokens=63))
-    assert len(completion.tokens) == 63
-    assert sum("seq_len=64" in record.message for record in caplog.records) == 1
+    cfg = dataclasses.replace(cfg, learned_positions=learned)
+    with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=53.*seq_len=64.*at most 52") as raised:
+        generate(cfg, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=53))
+    assert ("larger seq_len" in str(raised.value)) != learned
+    if not learned:
+        longer = dataclasses.replace(cfg, seq_len=65)
+        (completion,) = generate(longer, params, prompts=[[1, 2]], config=GenerateConfig(max_new_tokens=63))
+        assert len(completion.tokens) == 63
 
 
 @pytest.mark.parametrize(
