@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags, logging
 
 from experiments import compilation_cache
-from gptjax.json_files import write_json
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -76,14 +75,6 @@ def all_devices(axis: str) -> Iterator[Mesh]:
             logging.set_verbosity(logging.WARNING)
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield stack.enter_context(mesh.use(mesh.all_devices(axis)))
-
-
-def write_summary(path: str | None, summary: dict[str, Any]) -> None:
-    """Writes the file from the lead host, if there is to be one."""
-    from gptjax.parallel import hosts
-
-    if path and hosts.is_lead():
-        write_json(path, summary)
 
 
 def _parse(argv: list[str]) -> list[str]:

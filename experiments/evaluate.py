@@ -1,11 +1,11 @@
 """Scores held-out text: loss, perplexity, accuracy and bits per byte, beside gzip, bz2 and xz.
 
-    python -m experiments.evaluate --ckpt=runs/demo --data=runs/demo/data/eval
+    python -m experiments.evaluate --workdir=runs/demo --data=runs/demo/data/eval
     python -m experiments.evaluate --ckpt=runs/demo/ckpt/400 --data=novel.txt --stride=128
 
 --data is a token store, or anything that --source of experiments.prepare_data takes. Every token counts
-once; a smaller --stride gives it more context and costs more. Writes --out, or prints only. All devices of all
-hosts share parameters and windows; on several hosts, start it on each.
+once; a smaller --stride gives it more context and costs more. The summary goes to eval/summary.json of the
+workdir. All devices of all hosts share parameters and windows; on several hosts, start it on each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments import common
+from experiments import common, model_flags
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -25,32 +25,28 @@ if TYPE_CHECKING:
     from gptjax.data.store import Store
     from gptjax.model import Model
 
-_CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "As --ckpt; the summary goes to eval/summary.json in it.")
 _DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
 _STRIDE = flags.DEFINE_integer("stride", None, "Targets that each window adds; half of the context unless told.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once; rounded up to as many for each device.")
 _BASELINES = flags.DEFINE_bool("baselines", True, "Compress the same bytes with gzip, bz2 and xz.")
-_OUT = flags.DEFINE_string("out", None, "File for the summary, as JSON.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main() -> None:
     """Evaluates the checkpoint on --data."""
-    if (_CKPT.value is None) == (_WORKDIR.value is None):
-        raise ValueError("give one of --ckpt and --workdir")
+    model_flags.path()
     with common.all_devices("fsdp") as mesh, tempfile.TemporaryDirectory() as scratch:
         summary = _evaluate(mesh, pathlib.Path(scratch) / "store")
         _print(summary)
-        common.write_summary(_OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/eval/summary.json"), summary)
+        model_flags.write_summary("eval", summary)
 
 
 def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
-    import gptjax
     from gptjax.data import loader
     from gptjax.eval import baselines, perplexity
     from gptjax.parallel import hosts, rules
 
-    model = gptjax.load(_CKPT.value or _WORKDIR.value)
+    model = model_flags.load()
     began, seq_len = time.perf_counter(), model.config.seq_len
     stride = max(1, seq_len // 2) if _STRIDE.value is None else _STRIDE.value
     store = _open(model, scratch)
@@ -62,7 +58,6 @@ def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
     if _BASELINES.value:
         bits |= baselines.bits_per_byte(baselines.text_of(store))
     return {
-        "checkpoint": _CKPT.value or _WORKDIR.value,
         "step": model.meta.step,
         "data": _DATA.value,
         "stride": stride,

@@ -1,10 +1,10 @@
 """Writes what a model continues prompts with; one prompt is streamed to the terminal as it is made.
 
-    python -m experiments.generate --ckpt=runs/demo --prompt='def read(path):' --temperature=0.8 --top_p=0.95
-    echo 'import os' | python -m experiments.generate --ckpt=runs/demo --max_new_tokens=256
+    python -m experiments.generate --workdir=runs/demo --prompt='def read(path):' --temperature=0.8 --top_p=0.95
+    echo 'import os' | python -m experiments.generate --workdir=runs/demo --max_new_tokens=256
 
-Several --prompt flags are completed as one batch. All devices share each layer; on several hosts, start it on
-each with --prompt.
+Several --prompt flags are completed as one batch. The summary, completions included, goes to generate/summary.json
+of the workdir. All devices share each layer; on several hosts, start it on each with --prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from experiments import common
+from experiments import common, model_flags
 
 if TYPE_CHECKING:
     from gptjax.model import Model
 
-_CKPT = flags.DEFINE_string("ckpt", None, "Workdir (its newest checkpoint) or checkpoint directory.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a completion at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
@@ -30,11 +29,12 @@ _MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens this likely relative
 _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Over 1 discourages tokens that occurred; 1 is off.")
 _STOP = flags.DEFINE_multi_string("stop", None, r"Text that ends a completion; repeatable. \n and \t are understood.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-_OUT = flags.DEFINE_string("out", None, "Also write prompts, completions and their time there, as JSON.")
+flags.adopt_module_key_flags(model_flags)
 
 
 def main() -> None:
     """Completes the prompts."""
+    model_flags.path()
     if not _PROMPT.value and sys.stdin.isatty():
         print("Type a prompt, then Ctrl-D.", file=sys.stderr)
     prompts = _PROMPT.value or [sys.stdin.read()]
@@ -51,25 +51,17 @@ def main() -> None:
         "seed": _SEED.value,
     }
     with common.all_devices("tensor"):
-        common.write_summary(_OUT.value, _complete(prompts, options))
+        model_flags.write_summary("generate", _complete(prompts, options))
 
 
 def _complete(prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    import gptjax
-
-    model = gptjax.load(_CKPT.value)
-    logging.info("%s at step %d; %s", _CKPT.value, model.meta.step, options)
+    model = model_flags.load()
+    logging.info("%s at step %d; %s", model_flags.path(), model.meta.step, options)
     began = time.perf_counter()
     completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
     samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
     seconds = time.perf_counter() - began
-    return {
-        "checkpoint": _CKPT.value,
-        "step": model.meta.step,
-        "options": options,
-        "wall_seconds": seconds,
-        "samples": samples,
-    }
+    return {"step": model.meta.step, "options": options, "wall_seconds": seconds, "samples": samples}
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:

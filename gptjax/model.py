@@ -160,16 +160,17 @@ def check_length(config: ModelConfig, length: int) -> None:
         )
 
 
-def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Model:
+def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, average: bool = False) -> Model:
     """Reads a model from a workdir (its newest checkpoint) or a checkpoint directory, local or gs://.
 
     Args:
       shardings: where parameters go; None is the first device or, on a mesh in use, where the partitioning
         rules put them. See `checkpoint.store.restore_params`.
       dtype: of floating-point parameters; None keeps the stored one.
+      average: takes the average of the parameters that training kept (`optim.ema_decay`).
 
     Raises:
-      ValueError: with the path, if there is no checkpoint, it cannot be read, or its tokenizer is not
+      ValueError: with the path, if there is no checkpoint, it cannot be read, has no average, or its tokenizer is not
         the one that it was trained with.
     """
     directory = store.find(path)
@@ -177,7 +178,7 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> M
         model = store.read_meta(directory).model
         shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
         shardings = rules.tree_shardings(jax.sharding.get_mesh(), axes, shapes)
-    meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype)
+    meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype, average=average)
     tokenizer = _tokenizer(store.read_assets(directory), meta, str(directory))
     return Model(meta.model, params, tokenizer, meta)
 

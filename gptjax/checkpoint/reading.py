@@ -26,6 +26,9 @@ from gptjax.types import Params
 
 JSON_FILE = "metadata"
 
+# The field of `optim.ema.EmaState` that is like the parameters.
+_AVERAGES = "/ema/"
+
 
 class Restored(NamedTuple):
     """A checkpoint read back; `assets` maps file names to bytes."""
@@ -61,16 +64,20 @@ def restore(
     return Restored(meta, **restored, data=data, assets=_read_assets(path, meta))
 
 
-def restore_params(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> tuple[Meta, Params]:
+def restore_params(
+    path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, average: bool = False
+) -> tuple[Meta, Params]:
     """Reads parameters and meta alone; needs neither the optimizer's code nor its memory.
 
     Args:
       path: a checkpoint, or a workdir (its newest checkpoint); local or gs://.
       shardings: one sharding for all, or a tree like the parameters; None is the first device.
       dtype: of floating-point parameters; None keeps the stored one.
+      average: reads the average of the parameters that the optimizer kept; those that it did not average
+        are read as they are.
 
     Raises:
-      ValueError: with the path, if there is no checkpoint or it cannot be read.
+      ValueError: with the path, if there is no checkpoint, it cannot be read, or it has no average.
     """
     quiet_orbax()
     directory = find(path)
@@ -89,7 +96,30 @@ def restore_params(path: epath.PathLike, *, shardings: Any = None, dtype: Any = 
         )
         for name, leaf in stored.items()
     }
-    return meta, arrays.nest(_read_flat(directory, "params", wanted, meta))
+    averages = _average_names(directory, stored) if average else {}
+    kept = _read_flat(directory, "opt_state", {path: wanted[name] for name, path in averages.items()}, meta)
+    found = {name: kept[path] for name, path in averages.items()}
+    found |= _read_flat(directory, "params", {n: leaf for n, leaf in wanted.items() if n not in averages}, meta)
+    return meta, arrays.nest({name: found[name] for name in wanted})
+
+
+def _average_names(directory: epath.Path, params: Mapping[str, Any]) -> dict[str, str]:
+    """Where in `opt_state` the averages of parameters are, by the parameters' names."""
+    stored: Mapping[str, Any] = {}
+    if (directory / "opt_state").exists():
+        with _unreadable(directory, "opt_state"):
+            stored = arrays.stored_shapes(directory / "opt_state")
+    found = {}
+    for path in stored:
+        _, averages, name = f"/{path}".rpartition(_AVERAGES)
+        if averages and name in params:
+            found[name] = path
+    if not found:
+        raise ValueError(
+            f"{directory}: has no average of the parameters; it was trained without optim.ema_decay, or without "
+            "its optimizer's state; leave average out"
+        )
+    return found
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -149,11 +179,12 @@ def _read_tree(path: epath.Path, item: str, tree: Any, meta: Meta, model: ModelC
             + (f" ({len(lines) - 1} more differ)" if len(lines) > 1 else "")
             + (f"; checkpoint -> config: {', '.join(changes[:6])}; which is right?" if changes else "")
         )
-    found = _read_flat(path, item, wanted, meta) if wanted else {}
-    return jax.tree.unflatten(jax.tree.structure(tree), found.values())
+    return jax.tree.unflatten(jax.tree.structure(tree), _read_flat(path, item, wanted, meta).values())
 
 
 def _read_flat(path: epath.Path, item: str, wanted: Mapping[str, Any], meta: Meta) -> dict[str, Any]:
+    if not wanted:
+        return {}
     with _unreadable(path, item):
         return arrays.read(path / item, wanted, expected_checksums=_item_checksums(meta, item))
 

@@ -71,7 +71,11 @@ def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
             _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))
             _show("mesh", f"{dict(mesh.shape)} of {mesh.size} x {mesh.devices.flat[0].device_kind}")
             _show("state", inventory.table(setup.shapes, setup.shardings))
-            with contextlib.closing(CheckpointStore(path, keep_last=cfg.train.keep_checkpoints)) as store:
+            train = cfg.train
+            store = CheckpointStore(
+                path, keep_last=train.keep_checkpoints, keep_every=train.keep_every, keep_best=train.keep_best
+            )
+            with contextlib.closing(store):
                 return _train(cfg, path, setup, data, tokenizer, store)
 
 
@@ -203,9 +207,12 @@ def _hooks(
 ) -> list[Hook]:
     """In the order in which they are called: figures of a step are on disk before its checkpoint is."""
 
+    scores: dict[int, float] = {}
+
     def save(step: int, state: TrainState) -> None:
         store.save(
             step,
+            score=scores.get(step),
             meta=meta,
             params=state.params,
             opt_state=state.opt_state,
@@ -219,7 +226,7 @@ def _hooks(
         first, last = cfg.train.profile_steps
         hooks.append(hooks_lib.Profiler(str(path / "profile"), first=first, last=last))
     if data.eval is not None:
-        hooks.append(_evaluation(cfg, setup, data.eval))
+        hooks.append(_evaluation(cfg, setup, data.eval, scores))
     hooks.append(hooks_lib.Checkpoints(save, store.wait, every=cfg.train.checkpoint_every, last_step=start_step))
     if hosts.is_lead():
         hooks.append(MetricsWriter(path, start_step=start_step))
@@ -227,8 +234,12 @@ def _hooks(
     return hooks
 
 
-def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches) -> Hook:
-    """Evaluates the parameters and, where the optimizer keeps one, their average."""
+def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches, scores: dict[int, float]) -> Hook:
+    """Evaluates the parameters and, where the optimizer keeps one, their average.
+
+    Args:
+      scores: gets the loss by step.
+    """
     evaluate = functools.partial(
         evaluator(setup.objective, seed=cfg.seed),
         batches=GlobalBatches(batches),
@@ -240,6 +251,7 @@ def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches) -> Ho
         if cfg.optim.ema_decay:
             average = ema.averaged_params(state.opt_state, state.params)
             found |= {f"eval_ema/{name}": value for name, value in evaluate(average).items()}
+        scores[int(state.step)] = found["eval/loss"]
         return found
 
     return hooks_lib.Evaluation(values, every=cfg.train.eval_every)

@@ -37,6 +37,8 @@ class TrainConfig:
       eval_batches: size of an evaluation, in batches; 0 takes the whole store.
       checkpoint_every: steps between checkpoints; 0 saves at the end only.
       keep_checkpoints: newest ones that are kept; 0 keeps all.
+      keep_every: checkpoints whose step is a multiple are kept too; 0 for none.
+      keep_best: checkpoints with the lowest `eval/loss` that are kept too.
       objective: `masked_lm` trains a bidirectional model to fill in hidden tokens.
       profile_steps: first and last step of a profile; None records none.
     """
@@ -51,14 +53,22 @@ class TrainConfig:
     keep_checkpoints: int
     objective: Literal["next_token", "masked_lm"] = "next_token"
     profile_steps: tuple[int, int] | None = None
+    keep_every: int = 0
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "accumulate_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("z_loss", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"):
+        not_negative = ("z_loss", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints")
+        for name in (*not_negative, "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
+        if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
+            raise ValueError(
+                f"keep_best={self.keep_best}: each checkpoint needs an evaluation of its own; expected "
+                f"checkpoint_every={self.checkpoint_every} to be a multiple of eval_every={self.eval_every}"
+            )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps={self.profile_steps}: expected (first, last) with 1 <= first <= last")
 
@@ -101,6 +111,8 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setu
       ValueError: where sections of the config contradict each other, the mesh or the tokenizer.
     """
     check_batch(cfg, mesh)
+    if cfg.train.keep_best and cfg.data.eval is None:
+        raise ValueError(f"train.keep_best={cfg.train.keep_best}: there is nothing to evaluate; give data.eval a store")
     model = cfg.model.build()
     if cfg.train.objective == "masked_lm":
         model = objectives.bidirectional(model)

@@ -31,6 +31,8 @@ FREE_KEYS = (
     "train.eval_batches",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.keep_best",
     "train.profile_steps",
 )
 """Keys that may change when a run goes on: they say where and in how many parts it is computed, what is

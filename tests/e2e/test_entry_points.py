@@ -31,7 +31,7 @@ def test_help_is_no_error(name):
         ("prepare_data", [], "missing: --out"),
         ("pretrain", [], "missing: --workdir, --config"),
         ("evaluate", [], "missing: --data"),
-        ("generate", [], "missing: --ckpt"),
+        ("generate", [], "give one of --ckpt and --workdir"),
         ("pretrain", ["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
         ("demo", ["--vocab_size=many"], "flag --vocab_size=many: invalid literal for int"),
         ("demo", ["now"], "unexpected arguments: now; flags begin with --"),

@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax import config as config_lib
 from gptjax import lock
 from gptjax.checkpoint import store as store_lib
-from gptjax.data import source, writer
+from gptjax.data import loader, source, writer
+from gptjax.data import store as token_store
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.eval import perplexity
 from gptjax.nn import transformer
 from gptjax.train import hooks as hooks_lib
 from gptjax.train import run as run_lib
@@ -70,6 +73,38 @@ def test_a_run_leaves_its_summary_metrics_config_and_checkpoints(run_config, tmp
     clocks = {"wall_seconds", "peak_memory_bytes", "tokens_per_second", "eval/seconds", "eval_ema/seconds"}
     assert {k: again[k] for k in again.keys() - clocks} == {k: summary[k] for k in summary.keys() - clocks}
     assert again.keys() == summary.keys() and again["loss"] > 0
+
+
+def test_the_best_checkpoints_and_every_nth_are_kept(run_config, tmp_path, data_dir):
+    keep = dict(train__eval_every=1, train__checkpoint_every=1, train__keep_checkpoints=1)
+    # At this rate the first losses are the best.
+    cfg = run_config(
+        data__eval=str(data_dir / "eval"), train__num_steps=12, optim__learning_rate=2.0, optim__ema_decay=0.0,
+        train__keep_every=5, train__keep_best=2, **keep,
+    )  # fmt: skip
+    run(cfg, tmp_path)
+    evaluated = {line["step"]: line["eval/loss"] for line in read_metrics(tmp_path) if "eval/loss" in line}
+    best = sorted(evaluated, key=evaluated.__getitem__)[:2]
+    assert 12 not in best
+    assert store_lib.committed_steps(tmp_path / "ckpt") == sorted({*best, 5, 10, 12})
+    for changes in (dict(train__eval_every=0), dict(train__checkpoint_every=0, train__eval_every=2)):
+        with pytest.raises(ValueError, match="keep_best=2: each checkpoint needs an evaluation"):
+            run_config(**keep | changes | dict(train__keep_best=2))
+    with pytest.raises(ValueError, match="keep_best=2: there is nothing to evaluate"):
+        run(run_config(**keep, train__keep_best=2), tmp_path / "blind")
+
+
+def test_the_average_of_the_parameters_can_be_read(run_config, tmp_path, data_dir):
+    run(run_config(data__eval=str(data_dir / "eval"), train__eval_batches=0), tmp_path)
+    losses = {line["step"]: line for line in read_metrics(tmp_path) if "eval/loss" in line}[6]
+    batches = loader.eval_batches(token_store.open_store(data_dir / "eval"), batch_size=8, seq_len=16)
+    for average, name in ((False, "eval/loss"), (True, "eval_ema/loss")):
+        model = gptjax.load(tmp_path, average=average)
+        found = perplexity.evaluate(model.config, model.params, batches)
+        assert found.loss == pytest.approx(losses[name], rel=1e-5)
+    with pytest.raises(ValueError, match="3: has no average of the parameters"):
+        run(run_config(optim__ema_decay=0.0, train__num_steps=3), tmp_path / "none")
+        gptjax.load(tmp_path / "none", average=True)
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_config, tmp_path, data_dir, monkeypatch):
