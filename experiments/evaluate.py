@@ -46,7 +46,7 @@ def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
     from gptjax.eval import baselines, perplexity
     from gptjax.parallel import hosts, rules
 
-    model = model_flags.load()
+    model, origin = model_flags.load()
     began, seq_len = time.perf_counter(), model.config.seq_len
     stride = max(1, seq_len // 2) if _STRIDE.value is None else _STRIDE.value
     store = _open(model, scratch)
@@ -57,8 +57,7 @@ def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
     bits = {"model": perplexity.bits_per_byte(found.nats, batches.num_bytes)}
     if _BASELINES.value:
         bits |= baselines.bits_per_byte(baselines.text_of(store))
-    return {
-        "step": model.meta.step,
+    return origin | {
         "data": _DATA.value,
         "stride": stride,
         "loss": found.loss,

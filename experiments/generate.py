@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def _complete(prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    model = model_flags.load()
-    logging.info("%s at step %d; %s", model_flags.path(), model.meta.step, options)
+    model, origin = model_flags.load()
+    logging.info("%s; %s", origin, options)
     began = time.perf_counter()
     completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
     samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
     seconds = time.perf_counter() - began
-    return {"step": model.meta.step, "options": options, "wall_seconds": seconds, "samples": samples}
+    return origin | {"options": options, "wall_seconds": seconds, "samples": samples}
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:

@@ -23,27 +23,25 @@ def path() -> str:
     Raises:
       ValueError: unless it was given once.
     """
-    if (_CKPT.value is None) == (_WORKDIR.value is None):
+    given = [value for value in (_CKPT.value, _WORKDIR.value) if value is not None]
+    if len(given) != 1:
         raise ValueError("give one of --ckpt and --workdir")
-    return _CKPT.value or _WORKDIR.value
+    return given[0]
 
 
-def load() -> Model:
-    """The model there."""
+def load() -> tuple[Model, dict[str, Any]]:
+    """The model there, and what a summary says of it."""
     import gptjax
 
-    return gptjax.load(path(), average=_AVERAGE.value)
+    model = gptjax.load(path(), average=_AVERAGE.value)
+    assert model.meta is not None, "it was read from a checkpoint"
+    return model, {"checkpoint": path(), "step": model.meta.step, "average": _AVERAGE.value}
 
 
 def write_summary(folder: str, summary: dict[str, Any]) -> None:
-    """Writes `summary.json` to a folder of the workdir, or the file that --out names; from the lead host.
-
-    Args:
-      folder: the command's.
-      summary: what it found; what model it was is added.
-    """
+    """Writes `summary.json` to a folder of the workdir, or the file that --out names; from the lead host."""
     from gptjax.parallel import hosts
 
     out = _OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/{folder}/summary.json")
     if out and hosts.is_lead():
-        write_json(out, {"checkpoint": path(), "average": _AVERAGE.value} | summary)
+        write_json(out, summary)

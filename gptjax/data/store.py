@@ -171,7 +171,7 @@ class Tokens:
         self._check(0, len(self._checksums))
 
     def _check(self, first: int, stop: int) -> None:
-        raw = self._tokens.view(np.uint8)
+        raw = self._tokens.view(np.uint8).data
         for block in range(first, stop):
             crc = zlib.crc32(raw[block * _CHECKSUM_BYTES : (block + 1) * _CHECKSUM_BYTES])
             _compare(self._path, crc, int(self._checksums[block]), f" of bytes from {block * _CHECKSUM_BYTES:,}")

@@ -206,7 +206,6 @@ def _hooks(
     start_step: int,
 ) -> list[Hook]:
     """In the order in which they are called: figures of a step are on disk before its checkpoint is."""
-
     scores: dict[int, float] = {}
 
     def save(step: int, state: TrainState) -> None:

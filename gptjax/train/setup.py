@@ -64,7 +64,8 @@ class TrainConfig:
         for name in (*not_negative, "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
-        if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
+        unscored = self.checkpoint_every % self.eval_every if self.eval_every else self.checkpoint_every
+        if self.keep_best and unscored:
             raise ValueError(
                 f"keep_best={self.keep_best}: each checkpoint needs an evaluation of its own; expected "
                 f"checkpoint_every={self.checkpoint_every} to be a multiple of eval_every={self.eval_every}"

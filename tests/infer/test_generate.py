@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging as std_logging
 
 import jax
 import numpy as np

@@ -87,7 +87,7 @@ def test_the_best_checkpoints_and_every_nth_are_kept(run_config, tmp_path, data_
     best = sorted(evaluated, key=evaluated.__getitem__)[:2]
     assert 12 not in best
     assert store_lib.committed_steps(tmp_path / "ckpt") == sorted({*best, 5, 10, 12})
-    for changes in (dict(train__eval_every=0), dict(train__checkpoint_every=0, train__eval_every=2)):
+    for changes in (dict(train__eval_every=0), dict(train__checkpoint_every=3, train__eval_every=2)):
         with pytest.raises(ValueError, match="keep_best=2: each checkpoint needs an evaluation"):
             run_config(**keep | changes | dict(train__keep_best=2))
     with pytest.raises(ValueError, match="keep_best=2: there is nothing to evaluate"):
