@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,12 +54,15 @@ class GPT4Tokenizer:
         """
         tokenizer.save(self.inner, Path(directory) / tokenizer.FILE_NAME)
 
-    def __call__(self, text: str | Sequence[str]) -> dict[str, Any]:
-        """`{"input_ids": ids}` of a text, or a list of ids for each of several."""
-        return {"input_ids": self.encode(text) if isinstance(text, str) else [self.encode(each) for each in text]}
+    def __call__(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> dict[str, Any]:
+        """`{"input_ids": ids}` of a text, or a list of ids for each of several; see `encode`."""
+        encode = functools.partial(self.encode, add_special_tokens=add_special_tokens)
+        return {"input_ids": encode(text) if isinstance(text, str) else [encode(each) for each in text]}
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, behind the token that every sequence starts with in training unless told otherwise."""
+        start_id = self.inner.start_id if add_special_tokens else None
+        return ([] if start_id is None else [start_id]) + self.inner.encode(text)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         return self.inner.decode(token_ids)
@@ -90,7 +94,8 @@ class GPT4Tokenizer:
 class TextDataset:
     """The tokens of a text file in blocks of `block_size`; the last block is what is left.
 
-    Items are int32 arrays of one to `block_size` tokens.
+    Items are int32 arrays of at most `block_size` tokens. Each begins with the tokenizer's start token, where it
+    has one: what a model is to continue later begins so too.
 
     Raises:
       ValueError: if the file is missing, empty or not UTF-8.
@@ -99,17 +104,19 @@ class TextDataset:
     def __init__(self, tokenizer: GPT4Tokenizer, file_path: str | os.PathLike[str], block_size: int) -> None:
         if block_size < 2:
             raise ValueError(f"block_size={block_size}: expected at least 2, a token and the one after it")
-        self._tokens = np.asarray(tokenizer.encode(read_text(file_path)), np.int32)
-        self._block_size = block_size
+        start_id = tokenizer.inner.start_id
+        self._head = np.asarray([] if start_id is None else [start_id], np.int32)
+        self._tokens = np.asarray(tokenizer.encode(read_text(file_path), add_special_tokens=False), np.int32)
+        self._stride = block_size - len(self._head)
 
     def __len__(self) -> int:
-        return -(-len(self._tokens) // self._block_size)
+        return -(-len(self._tokens) // self._stride)
 
     def __getitem__(self, index: int) -> np.ndarray:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        start = index % len(self) * self._block_size
-        return self._tokens[start : start + self._block_size]
+        start = index % len(self) * self._stride
+        return np.concatenate([self._head, self._tokens[start : start + self._stride]])
 
 
 class DataCollatorForLanguageModeling:

@@ -1,4 +1,4 @@
-"""The issue of prototyping: code written for transformers runs, only its import line being ours."""
+"""Code written for transformers runs, only its import line being ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax import (
     DataCollatorForLanguageModeling,
     GPT4LMHeadModel,
@@ -207,6 +208,25 @@ def test_generates_after_each_prompt(tokenizer):
     assert model._generator().params is model.params
     with pytest.raises(TypeError, match="top_q"):
         model.generate(prompts, max_new_tokens=4, top_q=0.5)
+
+
+def test_a_prompt_begins_as_blocks_of_training_and_prompts_elsewhere_do(tokenizer):
+    data = TextDataset(tokenizer, "train.txt", 32)
+    blocks = [data[index].tolist() for index in range(len(data))]
+    assert all(block[0] == tokenizer.bos_token_id and 2 <= len(block) <= 32 for block in blocks)
+    assert [token for block in blocks for token in block[1:]] == tokenizer.encode(TEXT, add_special_tokens=False)
+    trainer_of(tokenizer, mlm=False, max_steps=2).train()
+    model = GPT4LMHeadModel.from_pretrained("out")
+    (ids,) = model.generate(tokenizer("hello")["input_ids"], max_new_tokens=8)
+    assert tokenizer.decode(ids) == "hello" + gptjax.load("out").generate("hello", max_new_tokens=8)
+
+
+def test_all_tokens_may_be_hidden(tokenizer):
+    model = GPT4LMHeadModel.from_config(SMALL)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=1.0)
+    data = TextDataset(tokenizer, "train.txt", 32)
+    trainer = Trainer(model, arguments(max_steps=1), data_collator=collator, train_dataset=data, tokenizer=tokenizer)
+    assert np.isfinite(trainer.train().training_loss)
 
 
 @pytest.mark.parametrize(
