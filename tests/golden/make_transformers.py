@@ -52,6 +52,12 @@ MODELS = {
            topk_group=2, n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=2.5,
            q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
            rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}),
+    "DeepseekV2": _SIZES
+    | dict(num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=3, n_group=4,
+           topk_group=2, topk_method="group_limited_greedy", n_shared_experts=1, first_k_dense_replace=1,
+           norm_topk_prob=False, routed_scaling_factor=2.0, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8,
+           qk_rope_head_dim=8, v_head_dim=12,
+           rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}),
     "GPT2": dict(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }  # fmt: skip
 

@@ -69,6 +69,14 @@ MODELS = {
             routed_scale=2.5, num_groups=4, groups_per_token=2, balancing="bias",
         ),
     ).build(),
+    "DeepseekV2": dataclasses.replace(
+        LLAMA, first_k_dense=1, rope_scaling=RopeScaling(kind="linear", factor=4.0),
+        mla=MLASpec(kv_latent=16, nope_head_dim=8, rope_head_dim=8, v_head_dim=12),
+        moe=MoEConfig(
+            num_experts=8, num_experts_per_token=3, d_ff=16, shared_d_ff=16, activation="swiglu", normalize=False,
+            routed_scale=2.0, num_groups=4, groups_per_token=2,
+        ),
+    ).build(),
     "GPT2": dataclasses.replace(
         LLAMA, num_kv_heads=4, d_ff=128, activation="gelu_tanh", position="learned", norm="layernorm", norm_eps=1e-5,
         bias=True, tie_embeddings=True,
@@ -115,13 +123,19 @@ def latent_attention(name, cfg):
     nope, rope, latent = cfg.nope_head_dim, cfg.rope_head_dim, cfg.kv_latent
     # DeepSeek rotates neighbours, this code the two halves: evens first, then odds.
     order = np.r_[np.arange(0, rope, 2), np.arange(1, rope, 2)]
-    query = linear(f"{name}.q_b_proj", 4 * (nope + rope), cfg.q_latent, split=(4, nope + rope))["kernel"]
+    source, size = ("q_proj", 32) if cfg.q_latent is None else ("q_b_proj", cfg.q_latent)
+    query = linear(f"{name}.{source}", 4 * (nope + rope), size, split=(4, nope + rope))["kernel"]
+    query = {"kernel": np.concatenate([query[..., :nope], query[..., nope:][..., order]], -1)}
     down = linear(f"{name}.kv_a_proj_with_mqa", latent + rope, 32)["kernel"]
     up = linear(f"{name}.kv_b_proj", 4 * (nope + cfg.v_head_dim), latent, split=(4, nope + cfg.v_head_dim))["kernel"]
-    return {
-        "query_down": linear(f"{name}.q_a_proj", cfg.q_latent, 32),
-        "query_norm": norm(f"{name}.q_a_layernorm", cfg.q_latent),
-        "query_up": {"kernel": np.concatenate([query[..., :nope], query[..., nope:][..., order]], -1)},
+    queries = {"query": query}
+    if cfg.q_latent is not None:
+        queries = {
+            "query_down": linear(f"{name}.q_a_proj", cfg.q_latent, 32),
+            "query_norm": norm(f"{name}.q_a_layernorm", cfg.q_latent),
+            "query_up": query,
+        }
+    return queries | {
         "kv_down": {"kernel": np.concatenate([down[:, :latent], down[:, latent:][:, order]], -1)},
         "kv_norm": norm(f"{name}.kv_a_layernorm", latent),
         "key_up": {"kernel": up[..., :nope]},

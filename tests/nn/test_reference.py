@@ -10,13 +10,15 @@ import pytest
 from flax import linen as nn
 
 from gptjax.nn import dispatch, rope
-from gptjax.nn.config import MoEConfig, NormConfig, RopeConfig, RopeScaling
+from gptjax.nn.block import Block
+from gptjax.nn.config import GATED_ACTIVATIONS, MoEConfig, NormConfig, RopeConfig, RopeScaling
 from gptjax.nn.mlp import activate
 from gptjax.nn.moe import MoE, auxiliary, route
 from gptjax.nn.norm import Norm
-from tests.nn.zoo import GROUPED_MOE, MOE
+from tests.nn.zoo import GROUPED_MOE, MOE, TINY
 
 RNG = np.random.default_rng(0)
+ZERO = np.zeros((1, 1), np.int32)
 
 
 def normal(*shape):
@@ -35,6 +37,8 @@ def sigmoid(x):
         ("relu2", lambda u, g: np.maximum(u, 0) ** 2),
         ("silu", lambda u, g: u * sigmoid(u)),
         ("swiglu", lambda u, g: g * sigmoid(g) * u),
+        ("geglu", lambda u, g: g * 0.5 * (1 + np.vectorize(math.erf)(g / math.sqrt(2))) * u),
+        ("relu", lambda u, g: np.maximum(u, 0)),
         ("reglu", lambda u, g: np.maximum(g, 0) * u),
         (
             "swiglu_clamped",
@@ -44,8 +48,8 @@ def sigmoid(x):
 )
 def test_activations(name, expected):
     up, gate = 5 * normal(64), 5 * normal(64)
-    gated = name.startswith(("sw", "ge", "re")) and name not in ("gelu", "gelu_tanh", "relu2")
-    np.testing.assert_allclose(activate(name, up, gate if gated else None), expected(up, gate), atol=1e-4)
+    gated = gate if name in GATED_ACTIVATIONS else None
+    np.testing.assert_allclose(activate(name, up, gated), expected(up, gate), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
@@ -99,6 +103,37 @@ def test_yarn_keeps_fast_dimensions_and_stretches_slow_ones():
     assert rope.attention_factor(scaling) == 1.0
     alone = dataclasses.replace(scaling, mscale=0.0, mscale_all_dim=0.0)
     assert math.isclose(rope.attention_factor(alone), 0.1 * math.log(40) + 1)
+    cos, _ = rope.tables(dataclasses.replace(cfg, scaling=dataclasses.replace(alone, attention_factor=0.5)), 64, ZERO)
+    np.testing.assert_allclose(cos, 0.5)  # the cosine of 0, halved
+
+
+def test_linear_scaling_divides_positions():
+    scaled = RopeConfig(theta=100.0, scaling=RopeScaling(kind="linear", factor=4.0))
+    positions = np.array([[0, 4, 40]], np.int32)
+    got, expected = rope.tables(scaled, 8, positions), rope.tables(RopeConfig(theta=100.0), 8, positions // 4)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_where_norms_are(placement):
+    class Branch(Block):
+        @nn.compact
+        def __call__(self, x):
+            return self._branch("mlp", lambda x: 3 * x + 1, x)
+
+    cfg = dataclasses.replace(TINY.build().blocks[0], norm_placement=placement)
+    x, scales = normal(2, 5, 16), {"mlp_norm": normal(16), "mlp_out_norm": normal(16)}
+
+    def norm(name, x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm.eps) * scales[name]
+
+    expected = {
+        "pre": lambda: x + 3 * norm("mlp_norm", x) + 1,
+        "post": lambda: norm("mlp_norm", x + 3 * x + 1),
+        "sandwich": lambda: x + norm("mlp_out_norm", 3 * norm("mlp_norm", x) + 1),
+    }[placement]()
+    params = {name: {"scale": scale} for name, scale in scales.items()}
+    np.testing.assert_allclose(Branch(cfg, 1.0).apply({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def expert_weights(cfg, d_model):

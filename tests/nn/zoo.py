@@ -38,6 +38,10 @@ ZOO = {
         "mla": MLASpec(kv_latent=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=6, q_latent=12),
         "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_seq_len=8),
     },
+    "mla_window": {
+        "mla": MLASpec(kv_latent=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=6),
+        "num_layers": 2, "window": 4, "global_every": 2,
+    },
     "moe": {"moe": MOE, "first_k_dense": 1},
     "moe_grouped": {"moe": GROUPED_MOE},
     "moe_capacity": {"moe": CAPACITY_MOE},

@@ -49,10 +49,12 @@ def assert_close(ours, theirs, **tolerance):
         np.testing.assert_allclose(leaf, theirs[path], err_msg=path, **tolerance)
 
 
+def decayed(model):
+    return jax.tree_util.tree_map_with_path(lambda path, _: groups.path_of(path).endswith("kernel"), model.params)
+
+
 def test_adamw_equals_optax(model):
-    decays = ("kernel",)
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: groups.path_of(path).endswith(decays), model.params)
-    theirs = optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=0.1, mask=mask)
+    theirs = optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed(model))
     ours, _ = run(optimizer(model, weight_decay=0.1).tx, model)
     assert_close(ours, run(theirs, model)[0], rtol=2e-6, atol=1e-7)
 
@@ -71,8 +73,18 @@ def test_adamw_by_hand(model):
 
 
 def test_lion_equals_optax(model):
-    theirs = optax.lion(0.01, b1=0.9, b2=0.95, weight_decay=0.0)
-    assert_close(run(optimizer(model, name="lion").tx, model)[0], run(theirs, model)[0], rtol=2e-6, atol=1e-7)
+    theirs = optax.lion(0.01, b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed(model))
+    ours, _ = run(optimizer(model, name="lion", weight_decay=0.1).tx, model)
+    assert_close(ours, run(theirs, model)[0], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_decay_takes_its_part_of_what_decays_at_the_rate(model, name):
+    plain, _ = run(optimizer(model, name=name).tx, model, num_steps=1)
+    shrunk, _ = run(optimizer(model, name=name, weight_decay=0.1).tx, model, num_steps=1)
+    for path, before in without_balance(model.params).items():
+        taken = 0.01 * 0.1 * before if path.endswith("kernel") else np.zeros_like(before)
+        np.testing.assert_allclose(flat(plain)[path] - flat(shrunk)[path], taken, atol=1e-6, err_msg=path)
 
 
 def test_adafactor_equals_optax_where_nothing_is_stacked(model):
