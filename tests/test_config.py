@@ -1,14 +1,19 @@
 """A dataclass is the schema: what is refused, by which name, and that a config reads back equal."""
 
+import ast
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
 
 import ml_collections
 import pytest
 
 from gptjax import config
+from gptjax.nn.config import ModelConfig
+from gptjax.parallel import mesh
+from gptjax.train.setup import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +114,27 @@ def test_differences_are_one_line_a_leaf():
     assert config.diff(old, new) == ["a.b: 1 -> 3", "a.c: 2 -> '(absent)'", "d: '(absent)' -> None"]
     assert config.diff(read(), read()) == []
     assert config.diff(read(), read(width=4)) == ["width: 3 -> 4"]
+
+
+def test_every_key_is_read_somewhere():
+    """A key that nothing reads would be set in vain."""
+    package = Path(config.__file__).parent
+    nodes = [node for path in package.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= set(mesh.AXES)  # read by name
+    pending, seen = [RunConfig, ModelConfig], set()
+    while pending:
+        cls = pending.pop()
+        seen.add(cls)
+        for name, hint in get_type_hints(cls).items():
+            assert name in read, f"{cls.__name__}.{name}"
+            pending += [part for part in parts_of(hint) if is_dataclass(part) and part not in seen]
+    assert {"OptimConfig", "MoEConfig", "MLAConfig", "RopeScaling", "DataConfig", "MeshConfig"} <= {
+        c.__name__ for c in seen
+    }
+
+
+def parts_of(hint):
+    yield hint
+    for argument in get_args(hint):
+        yield from parts_of(argument)

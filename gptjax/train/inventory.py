@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.nn.cost import Counts
 from gptjax.optim.groups import path_of
 from gptjax.train.state import TrainState
 
@@ -33,17 +34,14 @@ def rows(shapes: Any, shardings: Any) -> Iterator[Row]:
         yield Row(path_of(path), leaf.shape, leaf.dtype.name, partition, math.prod(leaf.shape), device_bytes)
 
 
-def num_params(params: Any) -> int:
-    """Numbers in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
-def table(shapes: TrainState, shardings: TrainState) -> str:
+def table(shapes: TrainState, shardings: TrainState, counts: Counts) -> str:
     """The parameters with their layouts, and the bytes that the state takes on each device."""
     params = list(rows(shapes.params, shardings.params))
     cells = [("parameter", "shape", "partition", "numbers")]
     cells += [(row.path, str(list(row.shape)), f"({row.partition})", f"{row.num_values:,}") for row in params]
-    cells.append(("all", "", "", f"{sum(row.num_values for row in params):,}"))
+    cells.append(("all", "", "", f"{counts.total:,}"))
+    if counts.active < counts.total:
+        cells.append(("of which a token uses", "", "", f"{counts.active:,}"))
     widths = [max(len(line[column]) for line in cells) for column in range(3)]
     lines = ["  ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + f"  {line[3]:>16}" for line in cells]  # noqa: B905
     state_bytes = sum(row.device_bytes for row in rows(shapes.opt_state, shardings.opt_state))

@@ -70,7 +70,7 @@ def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
             workdir.claim(path, cfg)
             _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))
             _show("mesh", f"{dict(mesh.shape)} of {mesh.size} x {mesh.devices.flat[0].device_kind}")
-            _show("state", inventory.table(setup.shapes, setup.shardings))
+            _show("state", inventory.table(setup.shapes, setup.shardings, cost.count(setup.model)))
             train = cfg.train
             store = CheckpointStore(
                 path, keep_last=train.keep_checkpoints, keep_every=train.keep_every, keep_best=train.keep_best
@@ -271,6 +271,7 @@ class GlobalBatches:
 def _summary(
     cfg: RunConfig, path: epath.Path, setup: Setup, result: FitResult, account: Account, throughput: Throughput
 ) -> dict[str, Any]:
+    counts = cost.count(setup.model)
     values: dict[str, Any] = {}
     # The newest of each figure, also of those that were written down before a restart.
     for figures in (*(read_metrics(path) if hosts.is_lead() else ()), result.values):
@@ -280,7 +281,8 @@ def _summary(
         "name": cfg.name,
         "outcome": result.outcome,
         "step": result.step,
-        "num_params": inventory.num_params(setup.shapes.params),
+        "num_params": counts.total,
+        "num_active_params": counts.active,
         **account.to_json(),
         "peak_memory_bytes": peak_memory_bytes(),
         **{name: value for name, value in values.items() if name in shown or name.startswith("eval")},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import math
 from pathlib import Path
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax import config as config_lib
-from gptjax.nn import transformer
+from gptjax.nn import cost
 from gptjax.nn.spec import ModelSpec
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
@@ -34,14 +33,11 @@ def spec_of(name: str) -> ModelSpec:
     return config_lib.from_dict(ModelSpec, get(name).model, path="model")
 
 
-def size(name: str) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.abstract_params(spec_of(name).build())))
-
-
-def llama_size(*, vocab: int, d: int, layers: int, heads: int, kv_heads: int, ff: int, experts=0, tied=False) -> int:
+def llama_size(*, vocab, d, layers, heads, kv_heads, ff, experts=0, used=None, tied=False) -> int:
+    """`used` of the `experts` are counted, by default all."""
     head_dim = d // heads
     attention = d * heads * head_dim * 2 + d * kv_heads * head_dim * 2
-    mlp = 3 * d * ff * max(experts, 1) + d * experts
+    mlp = 3 * d * ff * max(experts if used is None else used, 1) + d * experts
     return vocab * d * (1 if tied else 2) + layers * (attention + mlp + 2 * d) + d
 
 
@@ -66,6 +62,12 @@ SIZES = {
 }
 
 
+ACTIVE = {
+    "moe_8x7b": 12_879_925_248,
+    "gpt4_1t8_moe": llama_size(
+        vocab=100_352, d=12_288, layers=120, heads=96, kv_heads=8, ff=24_576, experts=16, used=2
+    ),
+}
 NUM_DEVICES = {"llama_1b": 64, "llama_8b": 256, "llama_70b": 1024, "moe_8x7b": 256, "gpt4_1t8_moe": 4096}
 
 
@@ -77,11 +79,13 @@ def test_formulas_agree_with_published_sizes():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_as_many_as_the_architecture_has(name):
-    assert size(name) == SIZES[name]
+    counts = cost.count(spec_of(name).build())
+    assert (counts.total, counts.active) == (SIZES[name], ACTIVE.get(name, SIZES[name]))
 
 
 def test_the_largest_is_the_scale_it_is_named_for():
     assert 1.7e12 < SIZES["gpt4_1t8_moe"] < 1.9e12
+    assert round(ACTIVE["gpt4_1t8_moe"] / 1e9) == 259
     spec = spec_of("gpt4_1t8_moe")
     assert (spec.num_layers, spec.moe.num_experts, spec.moe.num_experts_per_token) == (120, 16, 2)
 
