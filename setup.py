@@ -1,4 +1,4 @@
-"""Installs gptjax; `pip install -e .[test]` for development, `.[tpu]` or `.[gpu]` on accelerators.
+"""Installs gptjax; `pip install -e .[test]` for development, `.[tpu]` or `.[gpu]`, and `.[gcs]` for gs:// paths.
 
 Lower bounds are the oldest versions that the test suite has passed with; nothing is pinned from above.
 """
@@ -26,6 +26,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
+    "gcs": ["etils[epath-gcs]>=1.9"],
     "test": [
         "hypothesis>=6.100",
         "import-linter>=2.3",

@@ -6,6 +6,7 @@ Hardware  one host of 8 x A100 or TPU v5p-16; any number of devices that divides
 Time      300 G tokens are 2.4e20 FLOPs: 4 days on 8 x A100 (nanoGPT), 2 days on v5p-16 at 35 % MFU.
 Metric    held-out loss 2.85 (nanoGPT's README; the released GPT-2 has 3.11 without training on this set).
 Source    Radford et al. 2019; hyperparameters of nanoGPT config/train_gpt2.py: 0.5 M tokens a step, 600,000 steps.
+          Unlike there, the embedding does not decay.
 """
 
 from ml_collections import ConfigDict

@@ -50,7 +50,8 @@ def main() -> None:
         pretrain.append(f"--config.train.num_steps={_num_steps(workdir, pretrain, stages)}")
     # It knows by itself whether there is something left to train.
     stages.run("pretrain", *pretrain, f"--workdir={workdir}")
-    if read_json(scores).get("step") != read_json(workdir / "summary.json")["step"]:
+    found = read_json(scores)
+    if (found.get("step"), found.get("weights")) != (read_json(workdir / "summary.json")["step"], "last"):
         samples.unlink(missing_ok=True)
         stages.run("evaluate", f"--workdir={workdir}", f"--data={data / 'eval'}", "--nobaselines")
     if not samples.exists():

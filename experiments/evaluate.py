@@ -5,7 +5,7 @@
 
 --data is a token store, or anything that --source of experiments.prepare_data takes. Every token counts
 once; a smaller --stride gives it more context and costs more. The summary goes to eval/summary.json of the
-workdir. All devices of all hosts share parameters and windows; on several hosts, start it on each.
+workdir, or to --out. All devices of all hosts share parameters and windows; on several hosts, start it on each.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     echo 'import os' | python -m experiments.generate --workdir=runs/demo --max_new_tokens=256
 
 Several --prompt flags are completed as one batch. The summary, completions included, goes to generate/summary.json
-of the workdir. All devices share each layer; on several hosts, start it on each with --prompt.
+of the workdir, or to --out. All devices share each layer; on several hosts, start it on each with --prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from gptjax.model import Model
 
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of a completion at most.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Tokens of a completion at most; 128, or as many as fit in the context, unless told."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0 is off.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this much probability; 1 is off.")
@@ -40,8 +42,7 @@ def main() -> None:
     prompts = _PROMPT.value or [sys.stdin.read()]
     if not _PROMPT.value and not prompts[0]:
         raise ValueError("no prompt: give --prompt or text on standard input")
-    options = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
+    options: dict[str, Any] = {
         "temperature": _TEMPERATURE.value,
         "top_k": _TOP_K.value,
         "top_p": _TOP_P.value,
@@ -50,13 +51,15 @@ def main() -> None:
         "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in _STOP.value or ()],
         "seed": _SEED.value,
     }
+    if _MAX_NEW_TOKENS.value is not None:
+        options["max_new_tokens"] = _MAX_NEW_TOKENS.value
     with common.all_devices("tensor"):
         model_flags.write_summary("generate", _complete(prompts, options))
 
 
 def _complete(prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
     model, origin = model_flags.load()
-    logging.info("%s; %s", origin, options)
+    logging.info("%s at step %d; %s", origin["checkpoint"], origin["step"], options)
     began = time.perf_counter()
     completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
     samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]

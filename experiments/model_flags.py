@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
+from absl import flags, logging
+from etils import epath
 
 from gptjax.json_files import write_json
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from gptjax.model import Model
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Checkpoint directory, or workdir (its newest checkpoint); only read.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "As --ckpt, and the summary goes to a folder in it.")
-_AVERAGE = flags.DEFINE_bool("average", False, "Take the average of the parameters that optim.ema_decay kept.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir; the summary replaces the last one in a folder in it.")
+_WEIGHTS = flags.DEFINE_enum("weights", "last", ["last", "average"], "average: over the steps, by optim.ema_decay.")
 _OUT = flags.DEFINE_string("out", None, "File for the summary, as JSON; with --workdir another place for it.")
 
 
@@ -32,10 +33,13 @@ def path() -> str:
 def load() -> tuple[Model, dict[str, Any]]:
     """The model there, and what a summary says of it."""
     import gptjax
+    from gptjax.checkpoint import store
 
-    model = gptjax.load(path(), average=_AVERAGE.value)
+    if _WORKDIR.value is not None and store.find(path()) == epath.Path(path()).absolute():
+        raise ValueError(f"--workdir={path()}: is a checkpoint, in which nothing is written; use --ckpt, and --out")
+    model = gptjax.load(path(), weights=_WEIGHTS.value)
     assert model.meta is not None, "it was read from a checkpoint"
-    return model, {"checkpoint": path(), "step": model.meta.step, "average": _AVERAGE.value}
+    return model, {"checkpoint": path(), "step": model.meta.step, "weights": _WEIGHTS.value}
 
 
 def write_summary(folder: str, summary: dict[str, Any]) -> None:
@@ -45,3 +49,4 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
     out = _OUT.value or (_WORKDIR.value and f"{_WORKDIR.value}/{folder}/summary.json")
     if out and hosts.is_lead():
         write_json(out, summary)
+        logging.info("Summary in %s.", out)

@@ -13,6 +13,7 @@ from etils import epath
 
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import Weights
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.infer import generate as generation
@@ -23,6 +24,8 @@ from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import rules
 from gptjax.types import Array, Params
+
+DEFAULT_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ class Model:
         """The text that follows a prompt, or each prompt of a list.
 
         Args:
-          options: those of `options`.
+          options: those of `options`; fewer than 128 new tokens if the context has no room for more.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         completions = self.complete(prompts, **options)
@@ -65,29 +68,31 @@ class Model:
     def complete(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[generation.Completion]:
         """As `generate`, with tokens, log-probabilities and the reason for each end. Prompts may be tokens."""
         cfg, params = self._decoding
+        tokens = [self._tokens(prompt) for prompt in prompts]
         return generation.generate(
             cfg,
             params,
-            prompts=[self._tokens(prompt) for prompt in prompts],
-            config=self.options(**options),
+            prompts=tokens,
+            config=self._options(tokens, options),
             decode_fn=None if self.tokenizer is None else self.tokenizer.decode,
         )
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Yields the text of `generate(prompt, ...)` while it is made."""
         cfg, params = self._decoding
+        tokens = self._tokens(prompt)
         return generation.stream(
             cfg,
             params,
-            prompt=self._tokens(prompt),
-            config=self.options(**options),
+            prompt=tokens,
+            config=self._options([tokens], options),
             decode_fn=self._needed_tokenizer().decode,
         )
 
     def options(
         self,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -112,6 +117,11 @@ class Model:
             vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
             seed=seed,
         )
+
+    def _options(self, prompts: list[list[int]], options: dict[str, Any]) -> GenerateConfig:
+        """As `options`, but by default for no more tokens than the context has room for."""
+        room = generation.room_for(self.config, max(map(len, prompts), default=0))
+        return self.options(**{"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room))} | options)
 
     @functools.cached_property
     def _decoding(self) -> tuple[ModelConfig, Params]:
@@ -160,14 +170,14 @@ def check_length(config: ModelConfig, length: int) -> None:
         )
 
 
-def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, average: bool = False) -> Model:
+def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weights: Weights = "last") -> Model:
     """Reads a model from a workdir (its newest checkpoint) or a checkpoint directory, local or gs://.
 
     Args:
       shardings: where parameters go; None is the first device or, on a mesh in use, where the partitioning
         rules put them. See `checkpoint.store.restore_params`.
       dtype: of floating-point parameters; None keeps the stored one.
-      average: takes the average of the parameters that training kept (`optim.ema_decay`).
+      weights: `average` takes the average of the parameters that training kept (`optim.ema_decay`).
 
     Raises:
       ValueError: with the path, if there is no checkpoint, it cannot be read, has no average, or its tokenizer is not
@@ -178,7 +188,7 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, aver
         model = store.read_meta(directory).model
         shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
         shardings = rules.tree_shardings(jax.sharding.get_mesh(), axes, shapes)
-    meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype, average=average)
+    meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype, weights=weights)
     tokenizer = _tokenizer(store.read_assets(directory), meta, str(directory))
     return Model(meta.model, params, tokenizer, meta)
 

@@ -154,6 +154,23 @@ def test_generate_streams_standard_input_and_batches_several_prompts(workdir, mo
     assert "--- 0\ndef f(" + want in result.stdout and "--- 1\nx" in result.stdout
 
 
+def test_with_a_workdir_the_summary_goes_there_but_never_into_a_checkpoint(workdir):
+    result = run("generate", f"--workdir={workdir}", "--prompt=def f(", "--max_new_tokens=3")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((workdir / "generate" / "summary.json").read_text())
+    assert (summary["checkpoint"], summary["step"], summary["weights"]) == (str(workdir), 10, "last")
+    result = run("generate", f"--workdir={workdir}/ckpt/5", "--prompt=x")
+    assert result.returncode == 2 and "is a checkpoint, in which nothing is written; use --ckpt" in result.stderr
+
+
+def test_by_default_there_are_as_many_new_tokens_as_fit(model):
+    (completion,) = model.complete([[1] * 60])
+    assert (len(completion.tokens), completion.finish_reason) == (5, "length")
+    assert "".join(model.stream("x")) == model.generate("x")
+    with pytest.raises(ValueError, match="a prompt of 60 tokens . max_new_tokens=6 exceed .* at most 5 tokens"):
+        model.complete([[1] * 60], max_new_tokens=6)
+
+
 @pytest.mark.parametrize("module,extra", [("generate", ["--prompt=x"]), ("evaluate", ["--data=nowhere.txt"])])
 def test_a_missing_checkpoint_is_one_line_and_status_two(tmp_path, module, extra):
     result = run(module, f"--ckpt={tmp_path}/gone", *extra)

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ from gptjax.types import Params
 
 JSON_FILE = "metadata"
 
-# The field of `optim.ema.EmaState` that is like the parameters.
-_AVERAGES = "/ema/"
+# The field of `optim.ema.EmaState` that is like the parameters; no other optimizer has one of that name.
+_AVERAGES = "/average/"
+
+
+Weights = Literal["last", "average"]
 
 
 class Restored(NamedTuple):
@@ -65,7 +68,7 @@ def restore(
 
 
 def restore_params(
-    path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, average: bool = False
+    path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weights: Weights = "last"
 ) -> tuple[Meta, Params]:
     """Reads parameters and meta alone; needs neither the optimizer's code nor its memory.
 
@@ -73,8 +76,8 @@ def restore_params(
       path: a checkpoint, or a workdir (its newest checkpoint); local or gs://.
       shardings: one sharding for all, or a tree like the parameters; None is the first device.
       dtype: of floating-point parameters; None keeps the stored one.
-      average: reads the average of the parameters that the optimizer kept; those that it did not average
-        are read as they are.
+      weights: `average` reads the average of the parameters that the optimizer kept; those that it did not
+        average, being frozen, are read as they are.
 
     Raises:
       ValueError: with the path, if there is no checkpoint, it cannot be read, or it has no average.
@@ -96,7 +99,7 @@ def restore_params(
         )
         for name, leaf in stored.items()
     }
-    averages = _average_names(directory, stored) if average else {}
+    averages = _average_names(directory, stored) if weights == "average" else {}
     kept = _read_flat(directory, "opt_state", {path: wanted[name] for name, path in averages.items()}, meta)
     found = {name: kept[path] for name, path in averages.items()}
     found |= _read_flat(directory, "params", {n: leaf for n, leaf in wanted.items() if n not in averages}, meta)
@@ -116,8 +119,8 @@ def _average_names(directory: epath.Path, params: Mapping[str, Any]) -> dict[str
             found[name] = path
     if not found:
         raise ValueError(
-            f"{directory}: has no average of the parameters; it was trained without optim.ema_decay, or without "
-            "its optimizer's state; leave average out"
+            f"{directory}: has no average of the parameters; it was trained without optim.ema_decay, or saved "
+            "without its optimizer's state; read the last ones"
         )
     return found
 

@@ -27,12 +27,12 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.directory import DIRECTORY, absolute, committed_steps, remove, remove_uncommitted
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.narration import first_line, quiet_orbax
-from gptjax.checkpoint.reading import Restored, find, read_assets, read_meta, restore_params
+from gptjax.checkpoint.reading import Restored, Weights, find, read_assets, read_meta, restore_params
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import hosts
 from gptjax.types import Params
 
-__all__ = ["CheckpointStore", "Restored", "find", "read_assets", "read_meta", "restore_params"]
+__all__ = ["CheckpointStore", "Restored", "Weights", "find", "read_assets", "read_meta", "restore_params"]
 
 _ARRAY_ITEMS = ("params", "opt_state", "extra")
 
@@ -182,13 +182,18 @@ class CheckpointStore:
             return
         kept = set(steps[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
         if keep_best:
-            kept |= set(sorted(steps, key=lambda step: _score(self.directory / str(step)))[:keep_best])
+            scores = {step: _score(self.directory / str(step)) for step in steps}
+            kept |= set(sorted((step for step in steps if scores[step] < math.inf), key=scores.__getitem__)[:keep_best])
         for step in sorted(set(steps) - kept):
             remove(self.directory / str(step))
 
 
 def _score(path: epath.Path) -> float:
-    score = read_meta(path).score
+    try:
+        score = read_meta(path).score
+    except ValueError as error:
+        logging.warning("%s", error)  # A damaged old checkpoint must not end the run that writes new ones.
+        return math.inf
     return math.inf if score is None else score
 
 

@@ -1,6 +1,6 @@
 """The tokenised store: a directory of memory-mapped shards, written once and never changed.
 
-    meta.json            what it holds, with a checksum of every file below
+    meta.json            what it holds, with a checksum of every table below
     00000.tokens         token ids, little-endian uint16, or uint32 past 65,536 pieces
     00000.checksums      CRC-32 of each 64 KiB of them, uint32
     00000.documents      per document its number of tokens and its bytes of text, two uint32
@@ -11,7 +11,7 @@ token of the text and the end has a token before it to be predicted from. A docu
 spans shards.
 
 Each 64 KiB of tokens are compared with their checksum when they are read for the first time, so
-no damaged token is ever trained on, however large the store is.
+damage is found before it is trained on, however large the store is.
 
 The tokenizer lies beside them, so a store can be read and scored on its own. See writer.py for
 how a store comes to be.
@@ -25,14 +25,12 @@ import json
 import os
 import pathlib
 import zlib
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from gptjax import config
 from gptjax.data import tokenizer
-
-T = TypeVar("T")
 
 VERSION = 2
 META = "meta.json"
@@ -220,9 +218,7 @@ def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) 
         if partial.is_dir():
             hint = f"{partial} is unfinished: start again the experiments.prepare_data that was making it"
         raise ValueError(f"{directory}: no token store there; {hint}")
-    meta = read_json(directory / META, StoreMeta)
-    if meta.version != VERSION:
-        raise ValueError(f"{directory}: store version {meta.version}, expected {VERSION}; {HOW_TO_MAKE}")
+    meta = read_meta(directory / META)
     if fingerprint is not None and meta.fingerprint != fingerprint:
         raise ValueError(
             f"{directory}: made with tokenizer {meta.fingerprint[:12]}, expected {fingerprint[:12]}; "
@@ -240,10 +236,30 @@ HOW_TO_MAKE = "make one with experiments.prepare_data"
 _HOW_TO_REPAIR = "copy it again, or delete the store and make it again with experiments.prepare_data"
 
 
-def read_json(path: pathlib.Path, cls: type[T]) -> T:
-    """The dataclass that a json file of a store holds."""
+def read_meta(path: pathlib.Path) -> StoreMeta:
+    """The description of a store, finished or not.
+
+    Raises:
+      ValueError: if it is damaged or of another release.
+    """
+    found = _load_json(path)
+    version = found.get("version") if isinstance(found, dict) else None
+    if version is not None and version != VERSION:
+        raise ValueError(
+            f"{path}: store version {version}, expected {VERSION}: another release wrote it; "
+            f"delete {path.parent} and make it again with experiments.prepare_data"
+        )
+    return config.from_dict(StoreMeta, found, path=str(path))
+
+
+def read_shard_meta(path: pathlib.Path) -> ShardMeta:
+    """The counts and checksums of a finished shard of an unfinished store."""
+    return config.from_dict(ShardMeta, _load_json(path), path=str(path))
+
+
+def _load_json(path: pathlib.Path) -> Any:
     try:
-        return config.from_dict(cls, json.loads(path.read_bytes()), path=str(path))
+        return json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged: {error}; {_HOW_TO_REPAIR}") from error
 

@@ -94,7 +94,7 @@ def write_store(
 def _begin(partial: pathlib.Path, plan: store.StoreMeta) -> None:
     """Makes the unfinished directory, or finds that it can be gone on with."""
     if (partial / _shard_name(0)).is_file():
-        _check_same_plan(partial, plan, store.read_json(partial / _PLAN, store.StoreMeta))
+        _check_same_plan(partial, plan, store.read_meta(partial / _PLAN))
         return
     # Without a finished shard there is nothing to lose or to go on with.
     shutil.rmtree(partial, ignore_errors=True)
@@ -135,7 +135,7 @@ def _finish_shard(
         shard = _write_shard(directory, index, documents, tokenizer, plan, counter)
         write_json(done, shard)
         return shard
-    shard = store.read_json(done, store.ShardMeta)
+    shard = store.read_shard_meta(done)
     crc = 0
     for document in documents:
         crc = zlib.crc32(document.text.encode(), crc)

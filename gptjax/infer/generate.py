@@ -247,20 +247,26 @@ def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], config: GenerateC
                 f"vocab_size={cfg.vocab_size}; is this its tokenizer?"
             )
     longest = max(len(prompt) for prompt in prompts)
-    if longest + config.max_new_tokens <= cfg.seq_len:
+    room = room_for(cfg, longest)
+    if config.max_new_tokens <= room:
         return
+    advice = f"ask for at most {room} tokens" if room > 0 else f"shorten the prompt to at most {cfg.seq_len} tokens"
     raise ValueError(
         f"a prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} exceed the model's context, "
-        f"seq_len={cfg.seq_len}; shorten the prompt, or ask for at most {max(cfg.seq_len - longest, 0)} tokens"
-        + longer_context(cfg)
+        f"seq_len={cfg.seq_len}; {advice}{longer_context(cfg)}"
     )
+
+
+def room_for(cfg: ModelConfig, prompt_tokens: int) -> int:
+    """New tokens that fit in the context behind a prompt; the last one needs no position, as nothing follows it."""
+    return cfg.seq_len + 1 - prompt_tokens
 
 
 def longer_context(cfg: ModelConfig) -> str:
     """What else an error may advise where a sequence is too long."""
     if cfg.learned_positions:
         return ""
-    return ", or give the ModelConfig a larger seq_len: rotary positions go on, at lower quality unless they are scaled"
+    return "; from Python, a ModelConfig with a larger seq_len goes on, at lower quality past the trained length"
 
 
 def _bucket(length: int) -> int:

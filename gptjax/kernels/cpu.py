@@ -25,9 +25,9 @@ def configure_training() -> None:
     in decoding, whose products have few rows. Simulated devices get enough threads. Both are
     variables of the environment (`XLA_FLAGS`, `NPROC`), left alone where they say otherwise.
 
-    Steps run in the thread that calls them, so that the memory of each is what `keep_freed_memory` kept of the last:
-    a thread's own part of the heap holds no block over 64 MiB. The step waits for no host work that matters:
-    batches come from other threads.
+    On one device, steps run in the thread that calls them, so that the memory of each is what `keep_freed_memory`
+    kept of the last: another thread's part of the heap holds no block over 64 MiB. The host's own work is then not
+    hidden behind the device's, of which it took processor time before.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     simulated = _DEVICES.search(os.environ.get("XLA_FLAGS", ""))
@@ -59,6 +59,6 @@ def keep_freed_memory() -> None:
 def start_environment() -> dict[str, str]:
     """This process's environment, with what the C library reads when a process that trains on CPU starts.
 
-    Memory in huge pages: fewer page faults while it grows, and fewer misses of the processor's page cache.
+    Memory in huge pages: fewer page faults while it grows, and fewer misses of the TLB.
     """
     return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ

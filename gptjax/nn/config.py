@@ -174,7 +174,7 @@ class MoEConfig:
       z_loss: weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5).
       capacity_factor: None is dropless; otherwise each expert takes at most
         `ceil(capacity_factor * tokens * num_experts_per_token / num_experts)` tokens a row and the
-        rest are dropped.
+        rest are dropped. Documents packed into one row compete for these places.
       router_bias, bias: learned offsets of the router and of the experts' projections.
     """
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -117,13 +117,20 @@ class _Axes(NamedTuple):
             hidden=tuple(hidden),
         )
 
-    def first_expert(self, num_local: int, *, of_selected: bool = False) -> Array | int:
-        """The first expert of this device, or its first among those that `select` alone splits."""
-        position: Array | int = 0
-        for axis, size in self.experts:
-            if not of_selected or axis in self.select:
-                position = position * size + jax.lax.axis_index(axis)
-        return position * num_local
+    def first_expert(self, num_local: int) -> Array | int:
+        """The first expert of this device."""
+        return _position(self.experts) * num_local
+
+    def first_selected(self, num_local: int) -> Array | int:
+        """The same among the experts of the devices that have the same tokens."""
+        return _position([(axis, size) for axis, size in self.experts if axis in self.select]) * num_local
+
+
+def _position(axes: Iterable[tuple[str, int]]) -> Array | int:
+    position: Array | int = 0
+    for axis, size in axes:
+        position = position * size + jax.lax.axis_index(axis)
+    return position
 
 
 def _dropless(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array, weights: Weights) -> Array:
@@ -249,7 +256,7 @@ def _capacity(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array
     for axis in axes.exchange:
         sent_BECD = jax.lax.all_to_all(sent_BECD, axis, split_axis=1, concat_axis=0, tiled=True)
     num_local = weights["up"][0].shape[0]
-    first = axes.first_expert(num_local, of_selected=True)
+    first = axes.first_selected(num_local)
     if axes.select:
         sent_BECD = jax.lax.dynamic_slice_in_dim(sent_BECD, first, num_local, axis=1)
 

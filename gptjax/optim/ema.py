@@ -22,10 +22,10 @@ from gptjax.types import Array, Params
 
 
 class EmaState(NamedTuple):
-    """`ema` is like the parameters, with `optax.MaskedNode` in the place of those not averaged."""
+    """`average` is like the parameters, with `optax.MaskedNode` in the place of those not averaged."""
 
     inner: Any
-    ema: Params
+    average: Params
     num_updates: Array
 
 
@@ -55,7 +55,7 @@ def ema(
         def average(old: Any, p: Array, u: Array) -> Any:
             return old if _is_masked(old) else rate * old + (1.0 - rate) * (p + u)
 
-        averages = jax.tree.map(average, state.ema, params, updates, is_leaf=_is_masked)
+        averages = jax.tree.map(average, state.average, params, updates, is_leaf=_is_masked)
         return updates, EmaState(new_inner, averages, state.num_updates + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -70,7 +70,7 @@ def averaged_params(opt_state: Any, params: Params) -> Params:
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_ema) if _is_ema(s)]
     if len(found) != 1:
         raise ValueError("the optimizer state has no average of the parameters; set ema_decay above 0")
-    return jax.tree.map(lambda e, p: p if _is_masked(e) else e, found[0].ema, params, is_leaf=_is_masked)
+    return jax.tree.map(lambda e, p: p if _is_masked(e) else e, found[0].average, params, is_leaf=_is_masked)
 
 
 def _is_ema(node: Any) -> bool:

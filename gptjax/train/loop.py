@@ -1,8 +1,8 @@
 """The one training loop.
 
 Order of a step: hooks hear of it, a batch is taken, the step is dispatched, and only then are
-the figures of the *previous* step read, so that the device always has the next step
-queued while the host logs. Hooks that need the state (evaluation, checkpoints) wait for the
+the figures of the *previous* step read, so that an accelerator always has the next
+step queued while the host logs. Hooks that need the state (evaluation, checkpoints) wait for the
 step they asked for, and see it only after its figures were found healthy; where they were not
 finite, after the next step whose are.
 """

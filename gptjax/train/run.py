@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -250,7 +251,8 @@ def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches, score
         if cfg.optim.ema_decay:
             average = ema.averaged_params(state.opt_state, state.params)
             found |= {f"eval_ema/{name}": value for name, value in evaluate(average).items()}
-        scores[int(state.step)] = found["eval/loss"]
+        if math.isfinite(found["eval/loss"]):
+            scores[int(state.step)] = found["eval/loss"]
         return found
 
     return hooks_lib.Evaluation(values, every=cfg.train.eval_every)

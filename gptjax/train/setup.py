@@ -64,11 +64,15 @@ class TrainConfig:
         for name in (*not_negative, "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
-        unscored = self.checkpoint_every % self.eval_every if self.eval_every else self.checkpoint_every
-        if self.keep_best and unscored:
+        if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
             raise ValueError(
-                f"keep_best={self.keep_best}: each checkpoint needs an evaluation of its own; expected "
-                f"checkpoint_every={self.checkpoint_every} to be a multiple of eval_every={self.eval_every}"
+                f"keep_best={self.keep_best}: each checkpoint needs an evaluation of its own; got eval_every="
+                f"{self.eval_every}, expected a number that divides checkpoint_every={self.checkpoint_every}"
+            )
+        if (self.keep_every or self.keep_best) and not self.keep_checkpoints:
+            raise ValueError(
+                f"keep_every={self.keep_every}, keep_best={self.keep_best}: keep_checkpoints=0 keeps all; "
+                "expected it above 0, or these two 0"
             )
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps={self.profile_steps}: expected (first, last) with 1 <= first <= last")
@@ -115,6 +119,7 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setu
     if cfg.train.keep_best and cfg.data.eval is None:
         raise ValueError(f"train.keep_best={cfg.train.keep_best}: there is nothing to evaluate; give data.eval a store")
     model = cfg.model.build()
+    check_experts(model, mesh)
     if cfg.train.objective == "masked_lm":
         model = objectives.bidirectional(model)
     params, axes = transformer.abstract_params(model), transformer.param_axes(model)
@@ -137,6 +142,19 @@ def check_batch(cfg: RunConfig, mesh: Mesh) -> None:
     length_parts = rules.axis_size(mesh, "act_length")
     if cfg.model.seq_len % length_parts:
         raise ValueError(f"model.seq_len={cfg.model.seq_len}: expected a multiple of mesh.context={length_parts}")
+
+
+def check_experts(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises:
+    ValueError: when experts cannot be shared out evenly: each device would keep all of them.
+    """
+    parts = rules.axis_size(mesh, "experts")
+    for block in model.blocks:
+        if isinstance(block.mlp, MoEConfig) and block.mlp.num_experts % parts:
+            raise ValueError(
+                f"model.moe.num_experts={block.mlp.num_experts}: expected a multiple of {parts}, the parts that mesh "
+                f"axes {', '.join(rules.mesh_axes('experts'))} cut experts into; give them fewer devices"
+            )
 
 
 def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer, *, path: str) -> None:

@@ -176,11 +176,15 @@ def test_few_lengths_of_buffers_are_compiled_and_little_is_read_past_the_end():
 def test_the_context_is_a_limit(tiny, learned):
     cfg, params = tiny
     cfg = dataclasses.replace(cfg, learned_positions=learned)
-    with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=53.*seq_len=64.*at most 52") as raised:
-        generate(cfg, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=53))
+    with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=54.*seq_len=64.*at most 53") as raised:
+        generate(cfg, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=54))
     assert ("larger seq_len" in str(raised.value)) != learned
+    with pytest.raises(ValueError, match="shorten the prompt to at most 64"):
+        generate(cfg, params, prompts=[[1] * 65], config=GenerateConfig(max_new_tokens=1))
     if not learned:
-        longer = dataclasses.replace(cfg, seq_len=65)
+        (last,) = generate(cfg, params, prompts=[[1] * 64], config=GenerateConfig(max_new_tokens=1))
+        assert len(last.tokens) == 1
+        longer = dataclasses.replace(cfg, seq_len=100)
         (completion,) = generate(longer, params, prompts=[[1, 2]], config=GenerateConfig(max_new_tokens=63))
         assert len(completion.tokens) == 63
 

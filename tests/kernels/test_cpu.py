@@ -3,11 +3,20 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gptjax.kernels import cpu
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+@pytest.fixture(autouse=True)
+def async_dispatch():
+    name = "jax_cpu_enable_async_dispatch"
+    before = jax.config.read(name)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +65,11 @@ def test_the_memory_of_a_step_is_that_of_the_last():
     """Blocks over 64 MiB too, which only the first thread's part of the heap holds."""
 
     def faults(tuned: bool) -> int:
-        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+        unset = ("XLA_FLAGS", "NPROC", "GLIBC_TUNABLES")
+        environment = {name: value for name, value in os.environ.items() if name not in unset}
         code = _FAULTS.format(tuned=tuned)
         return int(subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=120))
 
-    assert faults(tuned=True) < 1_000 < 10_000 < faults(tuned=False)
+    if (untuned := faults(tuned=False)) < 10_000:
+        pytest.skip(f"{untuned} page faults as it is: this machine gives huge pages unasked")
+    assert faults(tuned=True) < 1_000

@@ -35,13 +35,13 @@ def test_the_start_is_forgotten():
 def test_parameters_that_are_not_averaged_take_no_memory_and_read_as_they_are():
     tx = ema.ema(optax.identity(), decay=0.9, averaged_fn=lambda path: path != "still")
     state = tx.init(PARAMS)
-    assert [leaf.shape for leaf in jax.tree.leaves(state.ema)] == [(2,)]
+    assert [leaf.shape for leaf in jax.tree.leaves(state.average)] == [(2,)]
     assert ema.averaged_params(state, PARAMS)["still"] is PARAMS["still"]
 
 
 def test_the_average_has_its_own_buffers():
     state = ema.ema(optax.identity(), decay=0.9).init(PARAMS)
-    assert state.ema["moved"].unsafe_buffer_pointer() != PARAMS["moved"].unsafe_buffer_pointer()
+    assert state.average["moved"].unsafe_buffer_pointer() != PARAMS["moved"].unsafe_buffer_pointer()
 
 
 def test_a_state_without_an_average_is_refused():

@@ -31,6 +31,7 @@ MODELS = {
     "moe_capacity": dataclasses.replace(TINY, moe=CAPACITY_MOE),
     # Three experts of 15 hidden units split over no axis of two.
     "moe_odd": dataclasses.replace(TINY, moe=dataclasses.replace(MOE, num_experts=3, d_ff=15, bias=True)),
+    "capacity_odd": dataclasses.replace(TINY, moe=dataclasses.replace(CAPACITY_MOE, num_experts=3, d_ff=15)),
     **{name: dataclasses.replace(TINY, **ZOO[name]) for name in ("mla", "window", "sandwich")},
 }
 BATCH, LENGTH = 8, 16
@@ -38,7 +39,7 @@ BATCH, LENGTH = 8, 16
 EXPERT_MESHES = ["data_context_tensor", "expert", "fsdp_expert_tensor", "expert_wide"]
 CASES = [(model, mesh) for model in ("dense", "moe") for mesh in MESHES]
 CASES += [(model, mesh) for model in ("moe_grouped", "moe_capacity") for mesh in EXPERT_MESHES]
-CASES += [("moe_odd", "fsdp_expert_tensor"), ("moe_odd", "expert_wide")]
+CASES += [(model, mesh) for model in ("moe_odd", "capacity_odd") for mesh in ("fsdp_expert_tensor", "expert_wide")]
 CASES += [(model, "data_context_tensor") for model in ("mla", "window", "sandwich")]
 
 
@@ -98,12 +99,13 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(model, mesh_name):
 def test_rows_that_do_not_divide_the_mesh_are_computed_all_the_same(model, mesh_name):
     """As when a few prompts are completed on many devices."""
     cfg, params, tokens, segments, _ = reference(model)
-    forward = jax.jit(lambda params, *batch: loss(cfg, params, *batch)[0])
+    step = jax.jit(jax.value_and_grad(lambda params, *batch: loss(cfg, params, *batch)[0]))
     config, mesh = mesh_of(mesh_name)
-    expected = forward(params, tokens[:3], segments[:3])
+    expected = step(params, tokens[:3], segments[:3])
     with jax.set_mesh(mesh), rules.use(config.rules):
         sharded = jax.device_put(params, rules.tree_shardings(mesh, transformer.param_axes(cfg), params))
-        np.testing.assert_allclose(forward(sharded, tokens[:3], segments[:3]), expected, atol=1e-5)
+        got = step(sharded, tokens[:3], segments[:3])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
 def test_parameters_and_activations_are_really_split():

@@ -87,24 +87,39 @@ def test_the_best_checkpoints_and_every_nth_are_kept(run_config, tmp_path, data_
     best = sorted(evaluated, key=evaluated.__getitem__)[:2]
     assert 12 not in best
     assert store_lib.committed_steps(tmp_path / "ckpt") == sorted({*best, 5, 10, 12})
-    for changes in (dict(train__eval_every=0), dict(train__checkpoint_every=3, train__eval_every=2)):
-        with pytest.raises(ValueError, match="keep_best=2: each checkpoint needs an evaluation"):
+    for changes, message in (
+        (dict(train__eval_every=0), "got eval_every=0, expected a number that divides checkpoint_every=1"),
+        (dict(train__checkpoint_every=3, train__eval_every=2), "got eval_every=2, expected a number that divides"),
+        (dict(train__keep_checkpoints=0), "keep_every=0, keep_best=2: keep_checkpoints=0 keeps all"),
+    ):
+        with pytest.raises(ValueError, match=message):
             run_config(**keep | changes | dict(train__keep_best=2))
     with pytest.raises(ValueError, match="keep_best=2: there is nothing to evaluate"):
         run(run_config(**keep, train__keep_best=2), tmp_path / "blind")
+
+
+def test_a_loss_that_is_no_number_is_no_score(run_config, tmp_path, data_dir, monkeypatch):
+    monkeypatch.setattr(run_lib, "evaluator", lambda *_, **__: lambda *_, **__: {"loss": float("nan")})
+    cfg = run_config(
+        data__eval=str(data_dir / "eval"), train__eval_every=3, train__keep_best=1, train__keep_checkpoints=1
+    )
+    run(cfg, tmp_path)
+    assert store_lib.read_meta(tmp_path / "ckpt" / "6").score is None
+    assert store_lib.committed_steps(tmp_path / "ckpt") == [6]
 
 
 def test_the_average_of_the_parameters_can_be_read(run_config, tmp_path, data_dir):
     run(run_config(data__eval=str(data_dir / "eval"), train__eval_batches=0), tmp_path)
     losses = {line["step"]: line for line in read_metrics(tmp_path) if "eval/loss" in line}[6]
     batches = loader.eval_batches(token_store.open_store(data_dir / "eval"), batch_size=8, seq_len=16)
-    for average, name in ((False, "eval/loss"), (True, "eval_ema/loss")):
-        model = gptjax.load(tmp_path, average=average)
+    for weights, name in (("last", "eval/loss"), ("average", "eval_ema/loss")):
+        model = gptjax.load(tmp_path, weights=weights)
         found = perplexity.evaluate(model.config, model.params, batches)
         assert found.loss == pytest.approx(losses[name], rel=1e-5)
+    # Its momentum is an average too, of gradients.
+    run(run_config(optim__name="adafactor", optim__ema_decay=0.0, train__num_steps=3), tmp_path / "none")
     with pytest.raises(ValueError, match="3: has no average of the parameters"):
-        run(run_config(optim__ema_decay=0.0, train__num_steps=3), tmp_path / "none")
-        gptjax.load(tmp_path / "none", average=True)
+        gptjax.load(tmp_path / "none", weights="average")
 
 
 def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_config, tmp_path, data_dir, monkeypatch):
@@ -294,6 +309,10 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_co
         ({"data__batch_size": 6, "mesh": mesh(data=4)}, "data.batch_size=6: expected a multiple of 4"),
         ({"train__accumulate_steps": 3}, "data.batch_size=8: expected a multiple of 3"),
         ({"mesh": mesh(data=16)}, "does not fit 8 device"),
+        (
+            {"model__moe": dict(num_experts=6, num_experts_per_token=2, d_ff=8, activation="swiglu"), "mesh": mesh(expert=4)},
+            "model.moe.num_experts=6: expected a multiple of 4",
+        ),
         ({"model__seq_len": 18, "mesh": mesh(context=8)}, "model.seq_len=18: expected a multiple of mesh.context=8"),
         ({"model__vocab_size": 512}, "the tokenizer .* has 260 pieces; expected 260, or 384"),
         ({"train__profile_steps": (3, 2)}, r"config.train: profile_steps=\(3, 2\): expected"),
