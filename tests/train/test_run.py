@@ -303,16 +303,16 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_co
     assert losses(tmp_path)
 
 
+SIX_EXPERTS = dict(num_experts=6, num_experts_per_token=2, d_ff=8, activation="swiglu")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data__batch_size": 6, "mesh": mesh(data=4)}, "data.batch_size=6: expected a multiple of 4"),
         ({"train__accumulate_steps": 3}, "data.batch_size=8: expected a multiple of 3"),
         ({"mesh": mesh(data=16)}, "does not fit 8 device"),
-        (
-            {"model__moe": dict(num_experts=6, num_experts_per_token=2, d_ff=8, activation="swiglu"), "mesh": mesh(expert=4)},
-            "model.moe.num_experts=6: expected a multiple of 4",
-        ),
+        ({"model__moe": SIX_EXPERTS, "mesh": mesh(expert=4)}, "model.moe.num_experts=6: expected a multiple of 4"),
         ({"model__seq_len": 18, "mesh": mesh(context=8)}, "model.seq_len=18: expected a multiple of mesh.context=8"),
         ({"model__vocab_size": 512}, "the tokenizer .* has 260 pieces; expected 260, or 384"),
         ({"train__profile_steps": (3, 2)}, r"config.train: profile_steps=\(3, 2\): expected"),
