@@ -213,7 +213,7 @@ def _values(metrics: Metrics) -> dict[str, float]:
     for name, mean in metrics.items():
         if np.ndim(mean.total):
             means = mean.total / np.maximum(mean.count, 1.0)
-            values |= {f"{name}/min": float(means.min()), f"{name}/max": float(means.max())}
+            values |= {f"{name}/min": float(np.min(means)), f"{name}/max": float(np.max(means))}
         elif mean.count:
             values[name] = float(mean.value)
     return values
