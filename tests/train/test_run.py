@@ -40,6 +40,9 @@ def mesh(**sizes):
     return dict(data=1, fsdp=1, expert=1, context=1, tensor=1) | sizes
 
 
+SIX_EXPERTS = dict(num_experts=6, num_experts_per_token=2, d_ff=8, activation="swiglu")
+
+
 def files_under(directory):
     return {str(path): path.read_bytes() for path in sorted(Path(directory).rglob("*")) if path.is_file()}
 
@@ -145,8 +148,13 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_confi
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
-def test_kill_9_and_resume_gives_the_same_losses_to_the_last_bit(run_config, tmp_path):
-    cfg = run_config(train__num_steps=9)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__moe": SIX_EXPERTS, "optim__name": "muon", "mesh": mesh(data=2, fsdp=2, expert=2)}],
+    ids=["one device", "experts and Muon on eight"],
+)
+def test_kill_9_and_resume_gives_the_same_losses_to_the_last_bit(run_config, tmp_path, changes):
+    cfg = run_config(train__num_steps=9, **changes)
     killed = tmp_path / "killed"
     # The process kills itself as step 9 is about to start: past its checkpoint at 6, with the line of 7 written.
     script = """
@@ -301,9 +309,6 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run_and_is_left_alone(run_co
         k: v for k, v in before.items() if "/ckpt/" in k
     }
     assert losses(tmp_path)
-
-
-SIX_EXPERTS = dict(num_experts=6, num_experts_per_token=2, d_ff=8, activation="swiglu")
 
 
 @pytest.mark.parametrize(
