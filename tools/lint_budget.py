@@ -1,4 +1,4 @@
-"""The house rules that no ordinary linter knows: sizes of files and functions, names, and two of DESIGN's laws.
+"""The house rules that no ordinary linter knows: sizes of files and functions, names, and three of DESIGN's laws.
 
 `python -m tools.lint_budget` prints one line per violation and exits 1 if there are any.
 """
@@ -70,11 +70,13 @@ def _untyped(node: ast.FunctionDef | ast.AsyncFunctionDef, *, is_method: bool) -
 
 
 def _check_names(path: Path, tree: ast.AST) -> Iterator[str]:
-    """`PartitionSpec` outside gptjax/parallel, and ConfigDicts past gptjax/config.py."""
+    """`PartitionSpec` outside gptjax/parallel, ConfigDicts past gptjax/config.py, and a second training step."""
     for node in ast.walk(tree):
         name, line = _named(node)
         if name == "PartitionSpec" and _is_library(path) and path.parts[:2] != ("gptjax", "parallel"):
             yield f"{path}:{line}: only gptjax/parallel writes a PartitionSpec; use logical axis names"
+        if name == "apply_updates" and _is_library(path) and path.parts[:2] != ("gptjax", "train"):
+            yield f"{path}:{line}: only gptjax/train steps an optimizer; give its loop an Objective"
         if name == "ConfigDict" and path.parts[0] not in (*CONFIG_DICT_FOLDERS, "tests"):
             yield f"{path}:{line}: ConfigDicts stop at configs/ and experiments/; take a frozen dataclass"
 

@@ -18,6 +18,7 @@ def problems(path: str, text: str) -> list[str]:
         ("gptjax/nn/block.py", "x = 1  # TO" + "DO later\n", "finish it"),
         ("gptjax/nn/block.py", "from jax.sharding import PartitionSpec as P\n", "only gptjax/parallel"),
         ("gptjax/train/run.py", "import jax\nx = jax.sharding.PartitionSpec()\n", "only gptjax/parallel"),
+        ("gptjax/api/trainer.py", "import optax\nx = optax.apply_updates\n", "only gptjax/train steps an optimizer"),
         ("gptjax/nn/block.py", "def f(x, *, y: int): pass\n", "f: no type for x, the result"),
         ("gptjax/nn/block.py", "class A:\n    def g(self): pass\n", "g: no type for the result"),
         ("gptjax/train/run.py", "from ml_collections import ConfigDict\n", "frozen dataclass"),
@@ -32,6 +33,7 @@ def test_names_each_violation(path, text, expected):
     "path, text",
     [
         ("gptjax/parallel/rules.py", "from jax.sharding import PartitionSpec\n"),
+        ("gptjax/train/step.py", "import optax\nx = optax.apply_updates\n"),
         ("configs/base.py", "from ml_collections import ConfigDict\n"),
         ("gptjax/nn/block.py", "def f() -> None:\n" + "    x = 1\n" * 59),
         ("gptjax/nn/block.py", "def _f(x):\n    def g(y): pass\n"),
