@@ -104,7 +104,8 @@ def _flags_text(error: flags.Error) -> str:
         return f"missing: {', '.join(f'--{name}' for name in missing)}; --help tells what they are"
     # Of a traceback from a config file the first line names the flag, the last one what is wrong.
     first, *rest = str(error).strip().splitlines()
-    return f"{first.partition(': ')[0]}: {rest[-1].strip()}" if rest else f"{first}; --help lists the flags"
+    where = "the config's file has its keys" if first.startswith("flag --config.") else "--help lists the flags"
+    return f"{first.partition(': ')[0]}: {rest[-1].strip()}" if rest else f"{first}; {where}"
 
 
 def _config_text(error: Exception) -> str:

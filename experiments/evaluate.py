@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from gptjax.model import Model
 
 _DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
-_STRIDE = flags.DEFINE_integer("stride", None, "Targets that each window adds; half of the context unless told.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Windows scored at once; rounded up to as many for each device.")
+_STRIDE = flags.DEFINE_integer(
+    "stride", None, "Targets that each window adds; half of the context unless told.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Windows scored at once; rounded up to as many for each device.", lower_bound=1
+)
 _BASELINES = flags.DEFINE_bool("baselines", True, "Compress the same bytes with gzip, bz2 and xz.")
 flags.adopt_module_key_flags(model_flags)
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", None, "Tokens of a completion at most; 128, or as many as fit in the context, unless told."
+    "max_new_tokens",
+    None,
+    "Tokens of a completion at most; 128, or as many as fit in the context, unless told.",
+    lower_bound=1,
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most likely tokens; 0 is off.")

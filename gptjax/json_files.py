@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -13,7 +14,11 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{path.name}.partial"
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # A full disk does not say where.
+        raise
     partial.replace(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import jax
 import numpy as np
@@ -42,8 +42,16 @@ class Model:
     tokenizer: Tokenizer | None = None
     meta: Meta | None = None
 
+    def __repr__(self) -> str:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        step = "" if self.meta is None else f", step {self.meta.step}"
+        pieces = "no tokenizer" if self.tokenizer is None else f"{self.tokenizer.kind} tokenizer"
+        return f"<gptjax.Model: {size:,} parameters, {pieces}{step}>"
+
     def logits(self, tokens: Any) -> Array:
         """Float32 logits `[B, T, V]` of the token that follows each prefix of `tokens` `[B, T]`.
+
+        In training sequences began with `tokenizer.start_id`, which `tokenizer.encode` leaves out.
 
         Raises:
           ValueError: for tokens that are none of this model's; see `checked_tokens`.
@@ -68,7 +76,7 @@ class Model:
     def complete(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[generation.Completion]:
         """As `generate`, with tokens, log-probabilities and the reason for each end. Prompts may be tokens."""
         cfg, params = self._decoding
-        tokens = [self._tokens(prompt) for prompt in prompts]
+        tokens = [self._tokens(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         return generation.generate(
             cfg,
             params,
@@ -183,6 +191,8 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weig
       ValueError: with the path, if there is no checkpoint, it cannot be read, has no average, or its tokenizer is not
         the one that it was trained with.
     """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: expected {' or '.join(map(repr, get_args(Weights)))}")
     directory = store.find(path)
     if shardings is None and rules.current_mesh() is not None:
         model = store.read_meta(directory).model

@@ -163,6 +163,19 @@ def test_with_a_workdir_the_summary_goes_there_but_never_into_a_checkpoint(workd
     assert result.returncode == 2 and "is a checkpoint, in which nothing is written; use --ckpt" in result.stderr
 
 
+def test_one_prompt_is_one_prompt(model):
+    (completion,) = model.complete("def f(", max_new_tokens=3)
+    assert completion.text == model.generate("def f(", max_new_tokens=3)
+    assert repr(model).startswith("<gptjax.Model: ") and repr(model).endswith("bytes tokenizer, step 10>")
+
+
+def test_weights_are_the_last_or_their_average(workdir):
+    with pytest.raises(ValueError, match="weights='best': expected 'last' or 'average'"):
+        gptjax.load(workdir, weights="best")
+    with pytest.raises(ValueError, match="10: has no average of the parameters"):
+        gptjax.load(workdir, weights="average")
+
+
 def test_by_default_there_are_as_many_new_tokens_as_fit(model):
     (completion,) = model.complete([[1] * 60])
     assert (len(completion.tokens), completion.finish_reason) == (5, "length")

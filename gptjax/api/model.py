@@ -44,6 +44,9 @@ class GPT4LMHeadModel:
         self.tokenizer = tokenizer
         self._made: Model | None = None
 
+    def __repr__(self) -> str:
+        return f"<GPT4LMHeadModel: {self.num_parameters():,} parameters>"
+
     @classmethod
     def from_config(cls, config: str | ModelSpec | ModelConfig, *, seed: int = 0, **changes: Any) -> GPT4LMHeadModel:
         """A model with random parameters.

@@ -67,6 +67,8 @@ class Trainer:
         eval_dataset: Sequence[Any] | None = None,
         tokenizer: GPT4Tokenizer | None = None,
     ) -> None:
+        if not isinstance(args, TrainingArguments):
+            raise ValueError(f"Trainer: args={args!r}: expected TrainingArguments(output_dir=...)")
         tokenizer = tokenizer or (data_collator.tokenizer if data_collator else None)
         if tokenizer is None:
             raise ValueError("Trainer: give a tokenizer, or a data_collator that has one")

@@ -168,8 +168,8 @@ class CheckpointStore:
                 remove_uncommitted(self.directory)
             good = max(self.steps(), default=None)  # not `latest`: the other processes may be well
             raise ValueError(
-                f"{self.directory / str(step)}: could not be written ({first_line(error)}). "
-                + (f"The last good checkpoint is {self.directory / str(good)}." if good is not None else "")
+                f"{self.directory / str(step)}: could not be written ({first_line(error)})"
+                + (f". The last good checkpoint is {self.directory / str(good)}." if good is not None else "")
             ) from error
 
     def _prune(self) -> None:

@@ -32,7 +32,7 @@ class DataConfig:
 
     Attributes:
       train: token store directory -> weight; only the ratios of the weights count.
-      eval: token store directory for evaluation; None for none.
+      eval: token store directory for evaluation; None, or on a command line nothing, for none.
       tokenizer: its file, or a directory with a `tokenizer.model`.
       batch_size: rows per step, over all hosts.
       packing: how documents become rows; see packing.py.
@@ -47,6 +47,7 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eval", self.eval or None)
         if not self.train:
             raise ValueError('train: expected at least one token store, such as {"build/data/train": 1.0}')
         if self.batch_size < 1:
@@ -89,6 +90,11 @@ class TrainData:
             spans = plan.spans(mixture.permute(index, plan.num_rows, key=key))
             packing.fill_row(batch, at, self._stores[source], spans)
         return batch
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """The checksum of each source's tokens."""
+        return {name: store.content for name, store in zip(self._mixture.names, self._stores, strict=True)}
 
     def summary(self) -> str:
         """A line for each source: its share of the rows, and what an epoch of it is."""

@@ -14,7 +14,8 @@ One string, `kind:where` or a bare path recognised by its content:
                           its feature `text`
 
 Ids are stable: they do not depend on the machine, the time or where the directory lies, so a
-held-out split by their hash never moves. Documents without a single character are left out.
+held-out split by their hash stays. They are made of the file's name and the document's place in it, so
+renaming or compressing a file draws its split anew. Documents without a single character are left out.
 A source that is one text is split at a character instead: its end is held out.
 """
 

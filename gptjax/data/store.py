@@ -103,6 +103,12 @@ class Store:
         """Bytes of UTF-8 text in all."""
         return sum(shard.num_bytes for shard in self.meta.shards)
 
+    @property
+    def content(self) -> str:
+        """A checksum of all tokens, as eight hexadecimal digits."""
+        sums = [shard.checksums_crc for shard in self.meta.shards]
+        return f"{zlib.crc32(np.array(sums, '<u4').tobytes()):08x}"
+
     @functools.cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
         """The tokenizer that made the tokens."""

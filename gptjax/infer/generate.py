@@ -250,7 +250,9 @@ def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], config: GenerateC
     room = room_for(cfg, longest)
     if config.max_new_tokens <= room:
         return
-    advice = f"ask for at most {room} tokens" if room > 0 else f"shorten the prompt to at most {cfg.seq_len} tokens"
+    advice = f"ask for at most {room} tokens"
+    if room < 1:
+        advice = f"shorten the prompt to at most {max(1, room_for(cfg, config.max_new_tokens))} tokens"
     raise ValueError(
         f"a prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} exceed the model's context, "
         f"seq_len={cfg.seq_len}; {advice}{longer_context(cfg)}"

@@ -142,6 +142,7 @@ class _Report:
         self._num_steps = num_steps
         self._health = Health()
         self._pending: tuple[int, Metrics] | None = None
+        self._unshown: tuple[int, dict[str, float]] | None = None
         self._due: list[Hook] = []
         self._loader_seconds = 0.0
         self._num_loads = 0
@@ -184,6 +185,8 @@ class _Report:
     def finish(self, step: int, state: TrainState, outcome: Outcome) -> None:
         self.drain()
         self._health.check_end(step)
+        if self._unshown is not None:
+            self._show(*self._unshown)
         for hook in self._hooks:
             self._publish(step, hook.on_end(step, state, outcome))
 
@@ -195,10 +198,16 @@ class _Report:
             hook.on_step(step, values)
         values.pop("skipped", None)  # of this step alone; `skipped_steps` is the figure to log
         if step == 1 or step == self._num_steps or step % self._log_every == 0:
-            values |= self._throughput.read()
-            values["loader_wait_seconds"] = self._loader_seconds / max(self._num_loads, 1)
-            self._loader_seconds, self._num_loads = 0.0, 0
-            self._publish(step, values)
+            self._show(step, values)
+        else:
+            self._unshown = (step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        self._unshown = None
+        values |= self._throughput.read()
+        values["loader_wait_seconds"] = self._loader_seconds / max(self._num_loads, 1)
+        self._loader_seconds, self._num_loads = 0.0, 0
+        self._publish(step, values)
 
     def _publish(self, step: int, values: Mapping[str, float]) -> None:
         if values:

@@ -1,4 +1,4 @@
-"""From a checkpoint back to the state of a run."""
+"""From a checkpoint back to the state of a run, or to the parameters that another run starts with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.checkpoint.store import CheckpointStore
+from gptjax.checkpoint import arrays
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import CheckpointStore, find, read_meta, restore_params
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.train.state import TrainState
+from gptjax.types import Params
+
+
+def start_from(path: str, *, shapes: Params, shardings: Params, tokenizer: Tokenizer) -> tuple[Meta, Params]:
+    """The parameters of another run, to go on from in a new one.
+
+    Args:
+      path: its workdir (the newest checkpoint) or a checkpoint.
+      shapes, shardings: what the parameters are to be like, and where they go.
+
+    Raises:
+      ValueError: if they cannot be read, are of another shape, or were trained with another tokenizer.
+    """
+    meta = read_meta(find(path))
+    theirs, ours = arrays.flatten(transformer.abstract_params(meta.model)), arrays.flatten(shapes)
+    for line in arrays.mismatches(ours, theirs):
+        raise ValueError(f"train.init_from={path}: {line}; expected a model of the same sizes")
+    if meta.tokenizer != tokenizer.fingerprint:
+        raise ValueError(
+            f"train.init_from={path}: trained with tokenizer {meta.tokenizer[:12]}, but data.tokenizer is "
+            f"{tokenizer.fingerprint[:12]}; prepare the data with its tokenizer (prepare_data --tokenizer={path})"
+        )
+    return restore_params(find(path), shardings=shardings, dtype=jnp.float32)
 
 
 class Resumed(NamedTuple):

@@ -26,7 +26,7 @@ from gptjax import lock, process
 from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import CheckpointStore
+from gptjax.checkpoint.store import CheckpointStore, read_meta
 from gptjax.data import loader
 from gptjax.data import store as store_lib
 from gptjax.data import tokenizer as tokenizer_lib
@@ -44,7 +44,7 @@ from gptjax.train.evaluate import evaluator
 from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
 from gptjax.train.metrics import MetricsWriter, read_metrics
-from gptjax.train.resume import resume
+from gptjax.train.resume import resume, start_from
 from gptjax.train.setup import RunConfig, Setup, TrainConfig
 from gptjax.train.state import TrainState
 from gptjax.train.throughput import Throughput
@@ -112,14 +112,12 @@ def _train(
         setup.model,
         run=config_lib.to_dict(cfg),
         tokenizer=tokenizer.fingerprint,
-        lineage=[{"stage": "pretrain", "name": cfg.name, "seed": cfg.seed}],
+        lineage=[{"stage": "pretrain", "name": cfg.name, "seed": cfg.seed, "init_from": cfg.train.init_from}],
     )
-    account = Account()
+    account = Account(data.train.contents)
     latest = store.latest()
     if latest is None:
-        state = state_lib.create(
-            lambda rng: transformer.init(setup.model, rng), setup.optimizer.tx, seed=cfg.seed, shardings=setup.shardings
-        )
+        state = _start(cfg, setup, tokenizer)
     else:
         summary = _finished(cfg, path, latest)
         if summary is not None:
@@ -149,10 +147,23 @@ def _train(
     return summary
 
 
+def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> TrainState:
+    tx = setup.optimizer.tx
+    if cfg.train.init_from is None:
+        return state_lib.create(
+            lambda rng: transformer.init(setup.model, rng), tx, seed=cfg.seed, shardings=setup.shardings
+        )
+    shapes, shardings = setup.shapes.params, setup.shardings.params
+    meta, params = start_from(cfg.train.init_from, shapes=shapes, shardings=shardings, tokenizer=tokenizer)
+    logging.info("Starting with the parameters of %s, step %d.", cfg.train.init_from, meta.step)
+    return state_lib.from_params(params, tx, shardings=setup.shardings)
+
+
 def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] | None:
     """The summary of a run with nothing left to do; None if it was killed before writing one."""
     if latest < cfg.train.num_steps:
         return None
+    read_meta(path / directory.DIRECTORY / str(latest))  # A damaged checkpoint is no end.
     try:
         summary = read_json(path / SUMMARY_FILE)
         return summary if summary.get("step") == latest else None
@@ -162,10 +173,15 @@ def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] |
 
 
 class Account(Hook):
-    """What a run has used since its beginning, over all its restarts."""
+    """What a run has used since its beginning, over all its restarts.
 
-    def __init__(self) -> None:
+    Args:
+      contents: the checksum of each source's tokens.
+    """
+
+    def __init__(self, contents: Mapping[str, str]) -> None:
         self.tokens = 0
+        self._contents = dict(contents)
         self._wall_before = 0.0
         self._started = time.perf_counter()
 
@@ -176,10 +192,23 @@ class Account(Hook):
     def wall_seconds(self) -> float:
         return self._wall_before + time.perf_counter() - self._started
 
-    def to_json(self) -> dict[str, float]:
+    def used(self) -> dict[str, float]:
         return {"train_tokens": self.tokens, "wall_seconds": self.wall_seconds}
 
+    def to_json(self) -> dict[str, Any]:
+        return self.used() | {"contents": self._contents}
+
     def restore(self, data: Mapping[str, Any]) -> None:
+        """Raises:
+        ValueError: if the run was trained on other tokens.
+        """
+        for name, now in self._contents.items():
+            before = data["contents"].get(name)
+            if before != now:
+                raise ValueError(
+                    f"{name}: holds other tokens than the run was trained on (checksum {now}, then {before}); "
+                    "put the old ones back, or choose another --workdir (train.init_from starts from these parameters)"
+                )
         self.tokens, self._wall_before = data["train_tokens"], data["wall_seconds"]
 
 
@@ -285,7 +314,7 @@ def _summary(
         "step": result.step,
         "num_params": counts.total,
         "num_active_params": counts.active,
-        **account.to_json(),
+        **account.used(),
         "peak_memory_bytes": peak_memory_bytes(),
         **{name: value for name, value in values.items() if name in shown or name.startswith("eval")},
         **throughput.overall(),

@@ -39,6 +39,7 @@ class TrainConfig:
       keep_checkpoints: newest ones that are kept; 0 keeps all.
       keep_every: checkpoints whose step is a multiple are kept too; 0 for none.
       keep_best: checkpoints with the lowest `eval/loss` that are kept too.
+      init_from: checkpoint or workdir whose parameters a new run starts with; None draws them.
       objective: `masked_lm` trains a bidirectional model to fill in hidden tokens.
       profile_steps: first and last step of a profile; None records none.
     """
@@ -55,6 +56,7 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None
     keep_every: int = 0
     keep_best: int = 0
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "accumulate_steps", "log_every"):
@@ -166,7 +168,7 @@ def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer, *, path: str) -> N
     if model.vocab_size not in (size, rounded):
         raise ValueError(
             f"model.vocab_size={model.vocab_size}: the tokenizer {path} has {size} pieces; "
-            f"expected {size}, or {rounded}, the next multiple of {VOCAB_MULTIPLE}"
+            f"expected {size}" + (f", or {rounded}, the next multiple of {VOCAB_MULTIPLE}" if rounded > size else "")
         )
 
 

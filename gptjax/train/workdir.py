@@ -41,6 +41,10 @@ rounding; a schedule that ends with the run is stretched. The tokenizer's file m
 its content is compared with the checkpoint's."""
 
 
+# What makes the scores comparable by which `train.keep_best` chooses.
+_SCORE_KEYS = ("data.eval", "train.eval_batches")
+
+
 def claim(path: epath.PathLike, cfg: RunConfig) -> None:
     """Makes `path` the workdir of `cfg`, or finds that it is.
 
@@ -60,11 +64,12 @@ def claim(path: epath.PathLike, cfg: RunConfig) -> None:
     new = config_lib.to_dict(cfg)
     old = _config_of(path, steps)
     changes = [] if old is None else config_lib.diff(old, new)
-    blocking = [line for line in changes if not _is_free(line.split(":", 1)[0])]
+    free = [key for key in FREE_KEYS if not (cfg.train.keep_best and key in _SCORE_KEYS)]
+    blocking = [line for line in changes if not _is_one_of(free, line.split(":", 1)[0])]
     if blocking and steps:
         raise ValueError(
             f"{path} holds a run of another config (old -> new):\n  " + "\n  ".join(blocking) + "\n"
-            f"Choose another --workdir, or go on with the old values; free to change are {', '.join(FREE_KEYS)}."
+            f"Choose another --workdir, or go on with the old values; free to change are {', '.join(free)}."
         )
     for line in changes:
         logging.info("%s: changed since the run was last started: %s", path, line)
@@ -87,5 +92,5 @@ def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
     return found
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def _is_one_of(keys: Sequence[str], key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in keys)

@@ -179,8 +179,9 @@ def test_the_context_is_a_limit(tiny, learned):
     with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=54.*seq_len=64.*at most 53") as raised:
         generate(cfg, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=54))
     assert ("larger seq_len" in str(raised.value)) != learned
-    with pytest.raises(ValueError, match="shorten the prompt to at most 64"):
-        generate(cfg, params, prompts=[[1] * 65], config=GenerateConfig(max_new_tokens=1))
+    for new_tokens, at_most in ((1, 64), (24, 41)):
+        with pytest.raises(ValueError, match=f"shorten the prompt to at most {at_most} tokens"):
+            generate(cfg, params, prompts=[[1] * 65], config=GenerateConfig(max_new_tokens=new_tokens))
     if not learned:
         (last,) = generate(cfg, params, prompts=[[1] * 64], config=GenerateConfig(max_new_tokens=1))
         assert len(last.tokens) == 1

@@ -105,6 +105,13 @@ def test_training_lowers_the_loss_and_logs_the_first_the_last_and_every_nth():
     assert names | {"tokens_per_second", "step_seconds"} <= set(result.values)
 
 
+def test_figures_at_the_end_are_those_of_the_last_step_whatever_ended_it():
+    recorder = Recorder()
+    result = loop.run_steps(fake_step([]), FakeState(), iter(range(7)), num_steps=20, log_every=5, hooks=[recorder])
+    assert (result.step, result.outcome) == (7, "out_of_data")
+    assert [step for step, _ in recorder.losses] == [1, 5, 7]
+
+
 def test_stopping_and_going_on_is_the_same_as_not_stopping():
     whole, first, second = Recorder(), Recorder(), Recorder()
     fit(whole, num_steps=6)
