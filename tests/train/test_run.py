@@ -145,7 +145,9 @@ def test_sigterm_saves_and_the_resumed_run_is_the_same_to_the_last_bit(run_confi
     finished = run(cfg, tmp_path / "parts")
     get = [line for line in losses(tmp_path / "parts") if len(line) > 1]
     assert get == [line for line in losses(tmp_path / "whole") if len(line) > 1]
-    assert finished["train_tokens"] == whole["train_tokens"] and finished["wall_seconds"] > stopped["wall_seconds"]
+    saved = json.loads((tmp_path / "parts" / "ckpt" / "4" / "data" / "metadata").read_text())
+    assert finished["train_tokens"] == whole["train_tokens"] > saved["train_tokens"] == stopped["train_tokens"]
+    assert finished["wall_seconds"] > saved["wall_seconds"] > 0
     ends = [store_lib.restore_params(tmp_path / name / "ckpt" / "6")[1] for name in ("whole", "parts")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
