@@ -17,7 +17,8 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     try:
         partial.write_text(json.dumps(value, indent=2) + "\n")
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)  # A full disk does not say where.
+        if error.strerror:  # else the whole text is its argument
+            error.filename = error.filename or os.fspath(path)  # A full disk does not say where.
         raise
     partial.replace(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import traceback
 
 _FULL = os.strerror(errno.ENOSPC)
 
@@ -24,9 +25,15 @@ def quiet_orbax() -> None:
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno == logging.WARNING or "/orbax/" not in record.pathname
+    if "/orbax/checkpoint/" not in record.pathname:
+        return True
+    raised_too = record.pathname.endswith(("/future.py", "/async_checkpointer.py"))
+    return record.levelno == logging.WARNING or (record.levelno > logging.WARNING and not raised_too)
 
 
 def _is_not_unretrieved(record: logging.LogRecord) -> bool:
     # Of several writes that fail alike, one is reported.
-    return "exception was never retrieved" not in record.getMessage()
+    if "exception was never retrieved" not in record.getMessage() or not record.exc_info:
+        return True
+    frames = traceback.extract_tb(record.exc_info[2])
+    return not any("/orbax/checkpoint/" in frame.filename for frame in frames)

@@ -32,7 +32,16 @@ from gptjax.nn.config import ModelConfig
 from gptjax.parallel import hosts
 from gptjax.types import Params
 
-__all__ = ["CheckpointStore", "Restored", "Weights", "find", "read_assets", "read_meta", "restore_params"]
+__all__ = [
+    "CheckpointStore",
+    "Restored",
+    "Weights",
+    "find_agreed",
+    "find",
+    "read_assets",
+    "read_meta",
+    "restore_params",
+]
 
 _ARRAY_ITEMS = ("params", "opt_state", "extra")
 
@@ -195,6 +204,12 @@ def _score(path: epath.Path) -> float:
         logging.warning("%s", error)  # A damaged old checkpoint must not end the run that writes new ones.
         return math.inf
     return math.inf if score is None else score
+
+
+def find_agreed(path: epath.PathLike) -> epath.Path:
+    """As `find`, the same on every process also while the other run goes on."""
+    found = find(path)
+    return found.parent / str(_agreed(int(found.name))) if found.name.isdigit() else found
 
 
 def _agreed(value: int) -> int:

@@ -105,8 +105,8 @@ class Store:
 
     @property
     def content(self) -> str:
-        """A checksum of all tokens, as eight hexadecimal digits."""
-        sums = [shard.checksums_crc for shard in self.meta.shards]
+        """A checksum of all tokens and of where documents begin, as eight hexadecimal digits."""
+        sums = [(shard.checksums_crc, shard.documents_crc) for shard in self.meta.shards]
         return f"{zlib.crc32(np.array(sums, '<u4').tobytes()):08x}"
 
     @functools.cached_property

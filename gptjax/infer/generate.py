@@ -252,7 +252,9 @@ def _check(cfg: ModelConfig, prompts: Sequence[Sequence[int]], config: GenerateC
         return
     advice = f"ask for at most {room} tokens"
     if room < 1:
-        advice = f"shorten the prompt to at most {max(1, room_for(cfg, config.max_new_tokens))} tokens"
+        advice = f"shorten the prompt to at most {room_for(cfg, config.max_new_tokens)} tokens"
+    if room < 1 and config.max_new_tokens > cfg.seq_len:
+        advice = f"shorten the prompt and ask for fewer tokens, at most {cfg.seq_len + 1} together"
     raise ValueError(
         f"a prompt of {longest} tokens + max_new_tokens={config.max_new_tokens} exceed the model's context, "
         f"seq_len={cfg.seq_len}; {advice}{longer_context(cfg)}"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 
@@ -68,6 +69,20 @@ def _has_libtpu() -> bool:
 def is_lead() -> bool:
     """True on the one process that logs and writes small files."""
     return jax.process_index() == 0
+
+
+def check_same(checksum: int, what: str) -> None:
+    """Compares a number of 32 bits over all processes; each calls it alike.
+
+    Raises:
+      ValueError: on every process, unless all have the same.
+    """
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.uint32(checksum)).tolist()
+    if len(set(found)) > 1:
+        shown = ", ".join(f"{value:08x}" for value in found)
+        raise ValueError(f"{what}: not the same on all hosts (checksums {shown}, by process); copy one to all")
 
 
 def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from gptjax.checkpoint import arrays
+from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import CheckpointStore, find, read_meta, restore_params
+from gptjax.checkpoint.store import CheckpointStore, find_agreed, read_meta, restore_params
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
@@ -17,26 +19,31 @@ from gptjax.train.state import TrainState
 from gptjax.types import Params
 
 
-def start_from(path: str, *, shapes: Params, shardings: Params, tokenizer: Tokenizer) -> tuple[Meta, Params]:
-    """The parameters of another run, to go on from in a new one.
+def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: Tokenizer) -> tuple[Meta, Params]:
+    """The parameters of another run, to go on from in a new one; every process calls it.
 
     Args:
       path: its workdir (the newest checkpoint) or a checkpoint.
-      shapes, shardings: what the parameters are to be like, and where they go.
+      model: what they are for; its sizes must be theirs, and what else differs is logged.
+      shardings: where they go.
 
     Raises:
       ValueError: if they cannot be read, are of another shape, or were trained with another tokenizer.
     """
-    meta = read_meta(find(path))
-    theirs, ours = arrays.flatten(transformer.abstract_params(meta.model)), arrays.flatten(shapes)
+    checkpoint = find_agreed(path)
+    meta = read_meta(checkpoint)
+    theirs, ours = (arrays.flatten(transformer.abstract_params(cfg)) for cfg in (meta.model, model))
     for line in arrays.mismatches(ours, theirs):
         raise ValueError(f"train.init_from={path}: {line}; expected a model of the same sizes")
     if meta.tokenizer != tokenizer.fingerprint:
         raise ValueError(
             f"train.init_from={path}: trained with tokenizer {meta.tokenizer[:12]}, but data.tokenizer is "
-            f"{tokenizer.fingerprint[:12]}; prepare the data with its tokenizer (prepare_data --tokenizer={path})"
+            f"{tokenizer.fingerprint[:12]}; prepare data with its own, --tokenizer={checkpoint}/assets"
         )
-    return restore_params(find(path), shardings=shardings, dtype=jnp.float32)
+    logging.info("Starting with the parameters of %s.", checkpoint)
+    for change in meta_lib.model_differences(meta.model, model):
+        logging.warning("They were trained in a model that differs (theirs -> this one): %s", change)
+    return restore_params(checkpoint, shardings=shardings, dtype=jnp.float32)
 
 
 class Resumed(NamedTuple):

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,10 +92,14 @@ def _open_data(cfg: RunConfig, tokenizer: Tokenizer) -> Data:
     # Hosts that split heads or a sequence load the same rows.
     host, num_hosts = hosts.row_group(sharding, (cfg.data.batch_size, cfg.model.seq_len))
     train = loader.TrainData(cfg.data, seq_len=cfg.model.seq_len, seed=cfg.seed, num_hosts=num_hosts, host=host)
+    for name, content in train.contents.items():
+        hosts.check_same(int(content, 16), name)
     if cfg.data.eval is None:
         return Data(train, None)
+    heldout_store = store_lib.open_store(cfg.data.eval, fingerprint=tokenizer.fingerprint)
+    hosts.check_same(int(heldout_store.content, 16), cfg.data.eval)
     heldout = loader.eval_batches(
-        store_lib.open_store(cfg.data.eval, fingerprint=tokenizer.fingerprint),
+        heldout_store,
         batch_size=cfg.data.batch_size,
         seq_len=cfg.model.seq_len,
         max_batches=cfg.train.eval_batches or None,
@@ -108,23 +112,19 @@ def _open_data(cfg: RunConfig, tokenizer: Tokenizer) -> Data:
 def _train(
     cfg: RunConfig, path: epath.Path, setup: Setup, data: Data, tokenizer: Tokenizer, store: CheckpointStore
 ) -> dict[str, Any]:
-    meta = meta_lib.make(
-        setup.model,
-        run=config_lib.to_dict(cfg),
-        tokenizer=tokenizer.fingerprint,
-        lineage=[{"stage": "pretrain", "name": cfg.name, "seed": cfg.seed, "init_from": cfg.train.init_from}],
-    )
     account = Account(data.train.contents)
     latest = store.latest()
     if latest is None:
-        state = _start(cfg, setup, tokenizer)
+        state, lineage = _start(cfg, setup, tokenizer)
     else:
         summary = _finished(cfg, path, latest)
         if summary is not None:
             logging.info("%s: finished already, at step %d of %d.", path, latest, cfg.train.num_steps)
             return summary
         state = _restore(store, latest, setup, tokenizer, account)
+        lineage = read_meta(store.directory / str(latest)).lineage
         logging.info("Going on from step %d of %d.", latest, cfg.train.num_steps)
+    meta = meta_lib.make(setup.model, run=config_lib.to_dict(cfg), tokenizer=tokenizer.fingerprint, lineage=lineage)
     throughput = Throughput(
         flops_per_token=cost.flops_per_token(setup.model, cfg.model.seq_len).train,
         devices=list(jax.sharding.get_mesh().devices.flat),
@@ -147,16 +147,16 @@ def _train(
     return summary
 
 
-def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> TrainState:
-    tx = setup.optimizer.tx
+def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
+    """A new run's state, and its lineage."""
+    tx, shardings = setup.optimizer.tx, setup.shardings
+    stage = {"stage": "pretrain", "name": cfg.name, "seed": cfg.seed}
     if cfg.train.init_from is None:
-        return state_lib.create(
-            lambda rng: transformer.init(setup.model, rng), tx, seed=cfg.seed, shardings=setup.shardings
-        )
-    shapes, shardings = setup.shapes.params, setup.shardings.params
-    meta, params = start_from(cfg.train.init_from, shapes=shapes, shardings=shardings, tokenizer=tokenizer)
-    logging.info("Starting with the parameters of %s, step %d.", cfg.train.init_from, meta.step)
-    return state_lib.from_params(params, tx, shardings=setup.shardings)
+        init_fn = functools.partial(transformer.init, setup.model)
+        return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings), [stage]
+    meta, params = start_from(cfg.train.init_from, setup.model, shardings=shardings.params, tokenizer=tokenizer)
+    stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
+    return state_lib.from_params(params, tx, shardings=shardings), [*meta.lineage, stage]
 
 
 def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] | None:
@@ -203,7 +203,7 @@ class Account(Hook):
         ValueError: if the run was trained on other tokens.
         """
         for name, now in self._contents.items():
-            before = data["contents"].get(name)
+            before = data.get("contents", {}).get(name, now)
             if before != now:
                 raise ValueError(
                     f"{name}: holds other tokens than the run was trained on (checksum {now}, then {before}); "
@@ -214,7 +214,7 @@ class Account(Hook):
 
 def _restore(store: CheckpointStore, step: int, setup: Setup, tokenizer: Tokenizer, account: Account) -> TrainState:
     found = resume(store, step, shapes=setup.shapes, shardings=setup.shardings, model=setup.model, tokenizer=tokenizer)
-    lacking = account.to_json().keys() - found.data.keys()
+    lacking = account.used().keys() - found.data.keys()
     if lacking:
         raise ValueError(
             f"{store.directory / str(step)}: its data item lacks {', '.join(sorted(lacking))}; restore it from a copy, "

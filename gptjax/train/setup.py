@@ -39,7 +39,7 @@ class TrainConfig:
       keep_checkpoints: newest ones that are kept; 0 keeps all.
       keep_every: checkpoints whose step is a multiple are kept too; 0 for none.
       keep_best: checkpoints with the lowest `eval/loss` that are kept too.
-      init_from: checkpoint or workdir whose parameters a new run starts with; None draws them.
+      init_from: checkpoint or workdir whose parameters a new run starts with; None, or nothing, draws them.
       objective: `masked_lm` trains a bidirectional model to fill in hidden tokens.
       profile_steps: first and last step of a profile; None records none.
     """
@@ -59,6 +59,7 @@ class TrainConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "init_from", self.init_from or None)
         for name in ("num_steps", "accumulate_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")

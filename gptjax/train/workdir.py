@@ -89,7 +89,11 @@ def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not {field.name for field in dataclasses.fields(RunConfig)} <= found.keys():
         raise ValueError(f"{file}: has no config of a pretraining run; choose another --workdir")
-    return found
+    try:
+        # A key that came later had its default.
+        return config_lib.to_dict(config_lib.from_dict(RunConfig, found))
+    except ValueError:
+        return found
 
 
 def _is_one_of(keys: Sequence[str], key: str) -> bool:

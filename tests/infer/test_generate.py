@@ -179,6 +179,8 @@ def test_the_context_is_a_limit(tiny, learned):
     with pytest.raises(ValueError, match="12 tokens.*max_new_tokens=54.*seq_len=64.*at most 53") as raised:
         generate(cfg, params, prompts=PROMPTS, config=GenerateConfig(max_new_tokens=54))
     assert ("larger seq_len" in str(raised.value)) != learned
+    with pytest.raises(ValueError, match="shorten the prompt and ask for fewer tokens, at most 65 together"):
+        generate(cfg, params, prompts=[[1] * 65], config=GenerateConfig(max_new_tokens=200))
     for new_tokens, at_most in ((1, 64), (24, 41)):
         with pytest.raises(ValueError, match=f"shorten the prompt to at most {at_most} tokens"):
             generate(cfg, params, prompts=[[1] * 65], config=GenerateConfig(max_new_tokens=new_tokens))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,10 +35,17 @@ def unused_port():
 
 
 def run_on_two_hosts(cfg, workdir):
+    for status, output in outputs_of_two_hosts(cfg, workdir):
+        assert status == 0, output[-4000:]
+
+
+def outputs_of_two_hosts(cfg, workdir, *, folders=(REPOSITORY, REPOSITORY)):
+    """Exit status and output of each; `folders` are where they run."""
     port = unused_port()
     children = []
     for process in range(2):
         env = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(process),
@@ -46,12 +54,11 @@ def run_on_two_hosts(cfg, workdir):
         command = [sys.executable, "-c", CHILD, json.dumps(config_lib.to_dict(cfg)), str(workdir)]
         children.append(
             subprocess.Popen(
-                command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command, cwd=folders[process], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
     outputs = [child.communicate(timeout=300)[0] for child in children]
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-4000:]
+    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
 
 
 def figures(workdir):
@@ -83,3 +90,14 @@ def test_two_hosts_compute_what_one_does(mesh, moe, run_config, data_dir, tmp_pa
     one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
     assert len(one) >= 7 and [key[:2] for key in one] == [key[:2] for key in two]
     assert [value for *_, value in two] == pytest.approx([value for *_, value in one], rel=1e-5)
+
+
+def test_hosts_with_other_tokens_do_not_train_together(run_config, data_dir, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, split in zip(folders, ("train", "eval"), strict=True):
+        shutil.copytree(data_dir / split, folder / "store")
+    mesh = {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
+    cfg = run_config(mesh=mesh, data__train={"store": 1.0})
+    for status, output in outputs_of_two_hosts(cfg, tmp_path / "run", folders=folders):
+        assert status and "ValueError: store: not the same on all hosts (checksums " in output, output[-4000:]
+    assert not (tmp_path / "run").exists()
