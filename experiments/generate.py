@@ -77,7 +77,7 @@ def _stream(model: Model, prompt: str, options: dict) -> list[str]:
     for piece in stream:
         print(piece, end="", flush=True)
         pieces.append(piece)
-    print()
+    print(flush=True)
     return ["".join(pieces)]
 
 
