@@ -54,6 +54,8 @@ def test_a_state_comes_back_bit_for_bit(store):
         data={"row": 12}, assets={"tokenizer.model": b"\x00\xff"}, score=1.5,
     )  # fmt: skip
     store.wait()
+    items = {path.name for path in (store.directory / "5").iterdir() if path.is_dir()}
+    assert items == {"params", "opt_state", "extra", "data", "meta", "assets"}
     found = store.restore(
         5, params=tiny.abstract(params), opt_state=tiny.abstract(opt_state), extra=tiny.abstract(extra)
     )

@@ -157,6 +157,30 @@ def test_a_shared_group_is_its_layers_with_equal_weights_and_its_gradient_their_
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_every_stored_kernel_is_multiplied_at_the_one_seam(name, monkeypatch):
+    """What changes products there, such as quantisation, changes all of them: cut there, no kernel has a gradient."""
+    cfg = build(name)
+
+    def kernel_gradients():
+        params = params_of(cfg)
+        gradient = jax.grad(lambda params: forward.__wrapped__(cfg, params, TOKENS_BT)[0].sum())(params)
+        leaves = jax.tree_util.tree_leaves_with_path(gradient)
+        return {jax.tree_util.keystr(path): np.abs(leaf).max() for path, leaf in leaves if path[-1].key == "kernel"}
+
+    assert all(kernel_gradients().values())
+    stop = jax.lax.stop_gradient
+
+    class Cut:
+        einsum = staticmethod(lambda spec, x, kernel, inner=linear.matmul: inner.einsum(spec, x, stop(kernel)))
+        project = staticmethod(lambda x, kernels, inner=linear.matmul: inner.project(x, [stop(k) for k in kernels]))
+
+    monkeypatch.setattr(linear, "matmul", Cut)
+    grouped = linear.grouped_matmul
+    monkeypatch.setattr(linear, "grouped_matmul", lambda x, kernel, groups: grouped(x, stop(kernel), groups))
+    assert not any(kernel_gradients().values())
+
+
 def test_bfloat16_is_near_float32():
     cfg = build("sandwich")
     params = params_of(cfg)
