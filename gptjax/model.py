@@ -51,7 +51,7 @@ class Model:
     def logits(self, tokens: Any) -> Array:
         """Float32 logits `[B, T, V]` of the token that follows each prefix of `tokens` `[B, T]`.
 
-        In training sequences began with `tokenizer.start_id`, which `tokenizer.encode` leaves out.
+        In training sequences began with `tokenizer.start_id`, which `tokenizer.encode_prompt` puts there.
 
         Raises:
           ValueError: for tokens that are none of this model's; see `checked_tokens`.
@@ -139,8 +139,7 @@ class Model:
         """The prompt behind the token that documents began with in training."""
         if not isinstance(prompt, str):
             return list(prompt)
-        tokenizer = self._needed_tokenizer()
-        return ([] if tokenizer.start_id is None else [tokenizer.start_id]) + tokenizer.encode(prompt)
+        return self._needed_tokenizer().encode_prompt(prompt)
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

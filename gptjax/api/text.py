@@ -61,8 +61,7 @@ class GPT4Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text, behind the token that every sequence starts with in training unless told otherwise."""
-        start_id = self.inner.start_id if add_special_tokens else None
-        return ([] if start_id is None else [start_id]) + self.inner.encode(text)
+        return self.inner.encode_prompt(text) if add_special_tokens else self.inner.encode(text)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         return self.inner.decode(token_ids)

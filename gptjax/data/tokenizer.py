@@ -94,6 +94,10 @@ class Tokenizer:
         """
         return self.encode_batch([text])[0].tolist()
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of `text` behind `start_id`: how a document begins that a model is to continue."""
+        return ([] if self.start_id is None else [self.start_id]) + self.encode(text)
+
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[np.ndarray]:
         """One int32 array of ids per text; threads (all cores unless told) share the texts."""
         return self.encode_fn(texts, num_threads or available_cores())
