@@ -107,12 +107,15 @@ def row_group(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int
 
 
 def to_global(rows: Any, sharding: NamedSharding) -> Any:
-    """Global arrays from the rows of this process's `row_group`; leaves are `[B / num_groups, T]`."""
+    """Global arrays from the rows of this process's `row_group`; leaves are `[B / num_groups, T]`.
+
+    On a single device they stay as they are: a jitted function takes numpy in a fifth of the time of `device_put`.
+    """
+    if sharding.mesh.size == 1:
+        return rows
 
     def assemble(local: np.ndarray) -> jax.Array:
         local = np.asarray(local)
-        if jax.process_count() == 1:
-            return jax.device_put(local, sharding)
         rows_per_group, length = local.shape
         num_rows = _num_rows(sharding, rows_per_group)
         first = row_group(sharding, (num_rows, length))[0] * rows_per_group
@@ -123,7 +126,7 @@ def to_global(rows: Any, sharding: NamedSharding) -> Any:
 
         return jax.make_array_from_callback((num_rows, length), sharding, part)
 
-    return jax.tree.map(assemble, rows)
+    return jax.device_put(rows, sharding) if jax.process_count() == 1 else jax.tree.map(assemble, rows)
 
 
 def _num_rows(sharding: NamedSharding, rows_per_group: int) -> int:
