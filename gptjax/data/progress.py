@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import NamedTuple
 
-_PLAIN_SECONDS = 10
+from gptjax.progress import Line
 
 
 class Progress(NamedTuple):
@@ -18,22 +16,16 @@ class Progress(NamedTuple):
     tokens_per_second: float
 
 
-class ProgressLine:
-    """Prints `Progress`: one line written over on a terminal, elsewhere a new one every ten seconds."""
+class ProgressLine(Line):
+    """Shows `Progress`."""
 
     def __init__(self, label: str, expected_bytes: float | None):
         """With the bytes of text to expect, the time left is shown."""
-        self._label = label
+        super().__init__(label)
         self._expected_bytes = expected_bytes
-        self._next = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        on_terminal = sys.stderr.isatty()
-        if not on_terminal and time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _PLAIN_SECONDS
-        line = f"{self._label}: {self.text(progress)}"
-        print(f"\r{line}\033[K" if on_terminal else line, end="" if on_terminal else "\n", file=sys.stderr, flush=True)
+        self.show(self.text(progress))
 
     def text(self, progress: Progress) -> str:
         """The line without its label."""
@@ -47,8 +39,3 @@ class ProgressLine:
             bytes_per_second = progress.tokens_per_second * progress.num_bytes / progress.num_tokens
             parts.append(f"{max(0.0, self._expected_bytes - progress.num_bytes) / bytes_per_second:,.0f} s left")
         return ", ".join(parts)
-
-    def close(self) -> None:
-        """Leaves the line on the terminal."""
-        if sys.stderr.isatty():
-            print(file=sys.stderr, flush=True)

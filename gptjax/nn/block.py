@@ -103,7 +103,7 @@ class Pattern(nn.Module):
         return x_BTD, (None if cache is None else caches, auxes)
 
 
-def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str) -> nn.Module:
+def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str | None) -> nn.Module:
     """A module `(x_BTD, cache, ctx) -> (x_BTD, (cache, aux))` over the whole group.
 
     Parameters, caches and statistics are stacked on a leading `layers` axis; a shared group has

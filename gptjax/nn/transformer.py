@@ -67,6 +67,19 @@ def forward(
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
 
 
+def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]:
+    """The residual stream `[B, T, D]` before the first group of layers and after each group, before the final norm."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    ctx = _context(cfg, positions_BT, None)
+    x_BTD = Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)
+    found = [x_BTD]
+    for i, group in enumerate(cfg.groups):
+        layers = scan_group(group, out_scale=1.0, remat="none", name=None)
+        x_BTD, _ = layers.apply({"params": params[f"group_{i}"]}, x_BTD, None, ctx)  # type: ignore[misc]
+        found.append(x_BTD)
+    return found  # type: ignore[return-value]
+
+
 def head_params(cfg: ModelConfig, params: Params) -> Array:
     """The `[D, V]` kernel that maps hidden states to logits: the embedding where it is tied.
 

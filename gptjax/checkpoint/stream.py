@@ -1,0 +1,111 @@
+"""Parameters written and read a slice at a time: checkpoints of models that no memory here holds.
+
+The files are those of Orbax's tree format (OCDBT, zarr), which `reading` restores like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+_DICT_KEY = 2  # Orbax's KeyType.DICT
+
+
+def bit_sum(values: np.ndarray) -> int:
+    """`arrays.checksums` of a part of an array; those of the parts add up modulo 2^32 to that of the whole."""
+    unsigned = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+    return int(unsigned.sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
+class ArraysWriter:
+    """The arrays of one item, such as `params`, whose slices may come in any order and from any thread.
+
+    Opened again after a kill it goes on with what is there.
+
+    Args:
+      directory: of the item.
+      shapes: of the whole arrays, by path; `dtype` and `shape`.
+      sliced_dims: how many leading dimensions of an array slices have an index for; its chunks are such slices.
+    """
+
+    def __init__(self, directory: pathlib.Path, shapes: Mapping[str, Any], *, sliced_dims: Mapping[str, int]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "_METADATA").write_text(json.dumps(_tree_metadata(shapes)))
+        context = ts.Context()
+        self._arrays = {
+            path: ts.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": _kvstore(directory, path),
+                    "metadata": {
+                        "shape": list(leaf.shape),
+                        "chunks": [1 if dim < sliced_dims[path] else size for dim, size in enumerate(leaf.shape)],
+                        "compressor": None,
+                        "dtype": _zarr_dtype(leaf.dtype),
+                    },
+                    "store_data_equal_to_fill_value": True,
+                },
+                open=True,
+                create=True,
+                context=context,
+            ).result()
+            for path, leaf in shapes.items()
+        }
+
+    def write(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
+        """Returns when the slice `array[index]` is on disk."""
+        self._arrays[path][index].write(value).result()
+
+
+class ArraysReader:
+    """The arrays of one item, read a slice at a time.
+
+    What training saved may lie in chunks of many slices. The last ones used are kept, so slices of one array should
+    be asked for one after the other.
+    """
+
+    def __init__(self, directory: pathlib.Path, shapes: Mapping[str, Any]) -> None:
+        self._directory = directory
+        largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()), default=0)
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": largest}})
+
+    def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        """`array[index]`."""
+        spec = {"driver": "zarr", "kvstore": _kvstore(self._directory, path)}
+        return ts.open(spec, open=True, context=self._context).result()[index].read().result()
+
+
+def _kvstore(directory: pathlib.Path, path: str) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": path.replace("/", ".") + "/"}
+
+
+def _zarr_dtype(dtype: Any) -> str:
+    return "bfloat16" if dtype == ml_dtypes.bfloat16 else np.dtype(dtype).newbyteorder("<").str
+
+
+def _tree_metadata(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    tree = {}
+    for path, leaf in shapes.items():
+        keys = path.split("/")
+        tree[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(leaf.shape),
+            },
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }

@@ -1,0 +1,1 @@
+"""Models of other frameworks: in, out, and proof that nothing changed."""

@@ -1,0 +1,245 @@
+"""The proof of a conversion: what two implementations compute from the same tokens, side by side.
+
+Compared are logits (the largest absolute difference, and the mean Kullback-Leibler divergence of
+the next token's distribution in nats), greedy continuations with a cache, and token ids of
+fixed strings. Each has a tolerance by dtype; outside of it a conversion is rejected.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gptjax.interop.runner import Runner
+from gptjax.nn.config import ModelConfig
+
+NUM_GREEDY_TOKENS = 64
+_LONG_TOKENS = 192
+
+TEXTS: dict[str, str] = {
+    "short": "The",
+    "prose": "Once upon a time there was a little girl who lived near a forest, and every morning she",
+    "code": "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return",
+    "non-latin": "Ἐν ἀρχῇ ἦν ὁ λόγος. 天地玄黃，宇宙洪荒。 Привет, мир! これは",
+}
+STRINGS: tuple[str, ...] = (
+    "",
+    " ",
+    "   leading and trailing   ",
+    "tabs\tand\nnew lines\r\n\n\n",
+    "    indented\n        twice",
+    "Hello, world!",
+    "don't we'll I'VE",
+    "12345 3.14159 1,000,000",
+    "naïve café Ångström ﬁ ①",
+    "e\u0301 against \u00e9",
+    "天地玄黃，宇宙洪荒",
+    "これはテストです。",
+    "Привет, мир!",
+    "مرحبا بالعالم",
+    "नमस्ते दुनिया",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
+    "\u200b\u00a0\ufeff",
+    "a\u2581b",
+    "<s> </s> <|endoftext|> <|im_start|>",
+    "https://example.org/?q=a%20b&c=d#e",
+    "x" * 300,
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a conversion may change; `greedy` is the share of prompts' tokens that must agree before the first tie."""
+
+    max_logit: float
+    mean_kl: float
+    greedy: float
+
+
+# Float32: rounding in another order. The narrower the values, the more of them fall on the other side.
+TOLERANCES: dict[str, Tolerance] = {
+    "float32": Tolerance(2e-3, 1e-6, 1.0),
+    "float16": Tolerance(0.1, 1e-4, 0.9),
+    "bfloat16": Tolerance(0.5, 1e-3, 0.8),
+    "q8_0": Tolerance(2.0, 2e-2, 0.0),
+    "q4_0": Tolerance(20.0, 1.0, 0.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One prompt. What an implementation does not give away is None.
+
+    Attributes:
+      greedy_agreement: tokens of the continuations that agree before the first that does not, over their number.
+      margin: the difference of the two best logits, by the source, where the continuations part.
+    """
+
+    prompt: str
+    num_tokens: int
+    max_logit_difference: float | None = None
+    mean_kl_nats: float | None = None
+    greedy_agreement: float
+    margin: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What is written to `certificate.json`.
+
+    Attributes:
+      accepted: whether all that could be compared is within the tolerance.
+      source, target: what each is and the hashes of its files.
+      referees: who ran the two; where a peer's own implementation is missing, that is said.
+      tokenizer: strings whose ids agree, of how many; None without a tokenizer on both sides.
+      values: how the values were compared without running anything.
+      problems: why it was not accepted.
+    """
+
+    accepted: bool
+    kind: str
+    source: Mapping[str, Any]
+    target: Mapping[str, Any]
+    num_params: int
+    dtype: str
+    referees: Mapping[str, str]
+    tolerance: Tolerance
+    comparisons: tuple[Comparison, ...] = ()
+    tokenizer: tuple[int, int] | None = None
+    values: str = ""
+    problems: tuple[str, ...] = ()
+    first_different_layer: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(source: Runner, target: Runner, *, model: ModelConfig) -> Iterator[Comparison]:
+    """Runs both on every prompt."""
+    for name, tokens in prompts(source, model).items():
+        yield compare_prompt(source, target, name, tokens, room=model.seq_len - len(tokens))
+
+
+def prompts(source: Runner, model: ModelConfig) -> dict[str, list[int]]:
+    """Token prompts by name: fixed texts where there is a tokenizer, and numbers that fill the context or a window."""
+    found: dict[str, list[int]] = {}
+    for name, text in TEXTS.items():
+        ids = source.encode(text)
+        if ids:
+            found[name] = ids[: max(1, model.seq_len // 2)]
+    random = np.random.default_rng(0)
+    windows = [block.attention.window for block in model.blocks if block.attention.window is not None]
+    longest = max(1, model.seq_len - NUM_GREEDY_TOKENS)
+    sizes = {"one token": 1, "long": min(_LONG_TOKENS, longest)}
+    if windows:
+        sizes["past the window"] = min(max(windows) + 33, longest)
+    for name, size in sizes.items():
+        found[name] = random.integers(0, model.vocab_size, size).tolist()
+    return found
+
+
+def compare_prompt(source: Runner, target: Runner, name: str, tokens: list[int], *, room: int) -> Comparison:
+    """The figures of one prompt; `room` is how many more tokens the context has."""
+    wanted, got = source.logits(tokens), target.logits(tokens)
+    largest = mean_kl = None
+    if wanted is not None and got is not None:
+        size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
+        largest = float(np.abs(wanted[:, :size] - got[:, :size]).max())
+        mean_kl = _mean_kl(wanted[:, :size], got[:, :size])
+    num_new = max(1, min(NUM_GREEDY_TOKENS, room))
+    ours, theirs = source.greedy(tokens, num_new), target.greedy(tokens, num_new)
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    margin = None
+    if same < num_new:
+        at_fork = source.logits([*tokens, *ours[:same]])
+        if at_fork is not None:
+            second, first = np.sort(at_fork[-1])[-2:]
+            margin = float(first - second)
+    return Comparison(
+        prompt=name,
+        num_tokens=len(tokens),
+        max_logit_difference=largest,
+        mean_kl_nats=mean_kl,
+        greedy_agreement=same / num_new,
+        margin=margin,
+    )
+
+
+def _mean_kl(wanted_TV: np.ndarray, got_TV: np.ndarray) -> float:
+    """Mean over positions of `sum_v p_v (log p_v - log q_v)`, in float64."""
+    log_p, log_q = _log_softmax(wanted_TV), _log_softmax(got_TV)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
+    x = x_TV.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def compare_tokenizers(source: Runner, target: Runner, texts: Sequence[str] = STRINGS) -> tuple[int, int] | None:
+    """How many strings have the same ids, of how many; None unless both have a tokenizer."""
+    if source.encode("a") is None or target.encode("a") is None:
+        return None
+    return sum(source.encode(text) == target.encode(text) for text in texts), len(texts)
+
+
+def problems(
+    comparisons: Sequence[Comparison], tokenizer: tuple[int, int] | None, tolerance: Tolerance
+) -> Iterator[str]:
+    """A line for each figure outside of the tolerance.
+
+    Continuations that part where the two best tokens are as near as the logits' own difference are a tie, which
+    rounding decides.
+    """
+    for found in comparisons:
+        difference = found.max_logit_difference
+        # Not a number compares false to everything, so it must be what is asked for that is true.
+        if difference is not None and not difference <= tolerance.max_logit:
+            yield f"{found.prompt}: logits differ by {difference:.3g}, expected at most {tolerance.max_logit:g}"
+        if found.mean_kl_nats is not None and not found.mean_kl_nats <= tolerance.mean_kl:
+            yield f"{found.prompt}: mean KL {found.mean_kl_nats:.3g} nats, expected at most {tolerance.mean_kl:g}"
+        tie = found.margin is not None and found.margin <= 2 * max(difference or 0.0, 1e-6)
+        if found.greedy_agreement < tolerance.greedy and not tie:
+            yield (
+                f"{found.prompt}: greedy tokens agree for {found.greedy_agreement:.0%}, expected {tolerance.greedy:.0%}"
+            )
+    if tokenizer is not None and tokenizer[0] < tokenizer[1]:
+        yield f"tokenizer: ids of {tokenizer[1] - tokenizer[0]} of {tokenizer[1]} strings differ"
+
+
+def first_difference(source: Runner, target: Runner, tokens: Sequence[int], *, tolerance: float) -> str:
+    """Which layer's output is the first to differ, relative to its size; empty if none or they do not show."""
+    wanted, got = source.hidden(tokens), target.hidden(tokens)
+    if wanted is None or got is None:
+        return ""
+    for layer, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        error = float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+        if not error <= tolerance:
+            where = "the embedding" if layer == 0 else f"layer {layer - 1}"
+            return f"{where}: outputs differ by {error:.3g} of their largest value"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """Of what could matter to the figures, where installed."""
+    found = {"python": platform.python_version()}
+    for package in ("gptjax", "jax", "numpy", "torch", "transformers", "tokenizers", "sentencepiece", "gguf"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

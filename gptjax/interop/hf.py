@@ -1,0 +1,153 @@
+"""Hugging Face folders: `config.json`, safetensors, tokenizer files."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gptjax.checkpoint import reading
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.interop import safetensors, stream
+from gptjax.interop.checkpoint import JOURNAL, CheckpointTensors
+from gptjax.interop.families import FAMILIES
+from gptjax.interop.safetensors import SafetensorsFolder, SafetensorsWriter
+from gptjax.interop.source import Source
+from gptjax.interop.table import Family, family_of, read_config
+from gptjax.json_files import read_json, write_json
+from gptjax.nn.config import ModelConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def open_source(folder: pathlib.Path) -> Source:
+    """A folder as `save_pretrained` leaves it.
+
+    Raises:
+      ValueError: naming the file, and the key or tensor, that is missing, damaged or not supported.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; expected a Hugging Face folder with it")
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"{path}: model_type: got {name!r}, expected one of {', '.join(FAMILIES)}")
+    _check_format(folder)
+    tensors = SafetensorsFolder(folder)
+    family = FAMILIES[name]
+    model = read_config(family, values, path=str(path))
+    files = (path, *sorted({stored.file for stored in tensors.values()}))
+    return Source(
+        path=folder,
+        format="hf",
+        family=family,
+        model=model,
+        tensors=_without_copies(tensors, model),
+        tokenizer=_read_tokenizer(folder),
+        files=files,
+        raw_config=values,
+    )
+
+
+def _check_format(folder: pathlib.Path) -> None:
+    if (folder / safetensors.SINGLE_FILE).exists() or (folder / safetensors.INDEX_FILE).exists():
+        return
+    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder / pickled[0]}: a pickle, which runs code when it is opened, so it is not; save the model with "
+            "safe_serialization=True, or fetch its .safetensors files"
+        )
+    raise ValueError(f"{folder / safetensors.SINGLE_FILE}: missing; expected it or {safetensors.INDEX_FILE}")
+
+
+def _without_copies(tensors: SafetensorsFolder, model: ModelConfig) -> Mapping[str, safetensors.Stored]:
+    """Some folders hold a tied head a second time; it must then be the embedding."""
+    found = dict(tensors)
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if not model.tie_embeddings or head is None or embedding is None:
+        return found
+    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    if not same or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
+        raise ValueError(
+            f"{tensors.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says that they "
+            "are tied (tie_word_embeddings); set it to false if the head is the model's own"
+        )
+    del found["lm_head.weight"]
+    return found
+
+
+def _read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer | None:
+    file = folder / tokenizer_lib.FILE_NAME
+    return tokenizer_lib.load(file) if file.exists() else None
+
+
+def write(
+    checkpoint: epath.PathLike,
+    folder: pathlib.Path,
+    *,
+    family_name: str | None = None,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    num_threads: int | None = None,
+) -> Family:
+    """Writes the folder of a checkpoint, without its certificate; goes on with what an earlier call left.
+
+    Args:
+      family_name: as `model_type` names it; None takes the first that expresses the model.
+      dtype: of the tensors; None keeps the stored one.
+
+    Raises:
+      ValueError: if no family expresses the model, or the checkpoint is damaged.
+    """
+    meta = reading.read_meta(epath.Path(checkpoint))
+    family = family_of(meta.model, FAMILIES, name=family_name)
+    tensors = CheckpointTensors(checkpoint, family, meta.model, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"dtype": None if dtype is None else dtype.name, "family": family.name, "shard": max_shard_bytes}
+    journal = stream.Journal(folder / JOURNAL, job={"checkpoint": meta.checksums, **settings})
+    shards = safetensors.plan_shards(
+        {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, max_shard_bytes=max_shard_bytes
+    )
+    writer = SafetensorsWriter(folder, shards)
+
+    def convert(task: stream.Tensor) -> list[int]:
+        value, sums = tensors[task.name].read_with_sums()
+        writer.write(task.name, value)
+        return sums
+
+    # In the order of our arrays: what training saved is read in chunks of many layers.
+    names = sorted(tensors, key=lambda name: (tensors[name].unit.ours[0].path, tensors[name].unit.ours[0].index))
+    tasks = [stream.Tensor(name, tensors[name].shape, tensors[name].dtype) for name in names]
+    stream.run(tasks, convert, journal, label="export", num_threads=num_threads)
+    tensors.verify(journal.notes)
+    _write_config(folder, family, meta.model, next(iter(tensors.values())).dtype)
+    _write_tokenizer(folder, checkpoint)
+    journal.remove()
+    return family
+
+
+def _write_config(folder: pathlib.Path, family: Family, model: ModelConfig, dtype: np.dtype) -> None:
+    keys: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name}
+    write_json(folder / CONFIG_FILE, keys | family.write_config(model) | {"torch_dtype": dtype.name})
+
+
+def _write_tokenizer(folder: pathlib.Path, checkpoint: epath.PathLike) -> None:
+    assets = reading.read_assets(epath.Path(checkpoint))
+    if tokenizer_lib.FILE_NAME not in assets:
+        return
+    (folder / tokenizer_lib.FILE_NAME).write_bytes(assets[tokenizer_lib.FILE_NAME])
+    tokenizer = tokenizer_lib.from_bytes(assets[tokenizer_lib.FILE_NAME])
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    given = {name: id for name, id in ids.items() if id is not None}
+    for file in (CONFIG_FILE, GENERATION_FILE):
+        write_json(folder / file, read_json(folder / file) | given)
