@@ -21,6 +21,8 @@ from gptjax.nn.config import ModelConfig
 
 NUM_GREEDY_TOKENS = 64
 _LONG_TOKENS = 192
+_PAST_WINDOW_TOKENS = 33
+_LAYER_TOLERANCE = 1e-3
 
 TEXTS: dict[str, str] = {
     "short": "The",
@@ -82,7 +84,6 @@ class Comparison:
     """
 
     prompt: str
-    num_tokens: int
     max_logit_difference: float | None = None
     mean_kl_nats: float | None = None
     greedy_agreement: float
@@ -122,17 +123,11 @@ class Certificate:
         return asdict(self)
 
 
-def compare(source: Runner, target: Runner, *, model: ModelConfig) -> Iterator[Comparison]:
-    """Runs both on every prompt."""
-    for name, tokens in prompts(source, model).items():
-        yield compare_prompt(source, target, name, tokens, room=model.seq_len - len(tokens))
-
-
 def prompts(source: Runner, model: ModelConfig) -> dict[str, list[int]]:
     """Token prompts by name: fixed texts where there is a tokenizer, and numbers that fill the context or a window."""
     found: dict[str, list[int]] = {}
     for name, text in TEXTS.items():
-        ids = source.encode(text)
+        ids = [id for id in source.encode(text) or () if id < model.vocab_size]
         if ids:
             found[name] = ids[: max(1, model.seq_len // 2)]
     random = np.random.default_rng(0)
@@ -140,37 +135,78 @@ def prompts(source: Runner, model: ModelConfig) -> dict[str, list[int]]:
     longest = max(1, model.seq_len - NUM_GREEDY_TOKENS)
     sizes = {"one token": 1, "long": min(_LONG_TOKENS, longest)}
     if windows:
-        sizes["past the window"] = min(max(windows) + 33, longest)
+        sizes["past the window"] = min(max(windows) + _PAST_WINDOW_TOKENS, longest)
     for name, size in sizes.items():
         found[name] = random.integers(0, model.vocab_size, size).tolist()
     return found
 
 
-def compare_prompt(source: Runner, target: Runner, name: str, tokens: list[int], *, room: int) -> Comparison:
-    """The figures of one prompt; `room` is how many more tokens the context has."""
-    wanted, got = source.logits(tokens), target.logits(tokens)
-    largest = mean_kl = None
-    if wanted is not None and got is not None:
-        size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
-        largest = float(np.abs(wanted[:, :size] - got[:, :size]).max())
-        mean_kl = _mean_kl(wanted[:, :size], got[:, :size])
-    num_new = max(1, min(NUM_GREEDY_TOKENS, room))
-    ours, theirs = source.greedy(tokens, num_new), target.greedy(tokens, num_new)
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    margin = None
-    if same < num_new:
-        at_fork = source.logits([*tokens, *ours[:same]])
-        if at_fork is not None:
-            second, first = np.sort(at_fork[-1])[-2:]
-            margin = float(first - second)
-    return Comparison(
-        prompt=name,
-        num_tokens=len(tokens),
-        max_logit_difference=largest,
-        mean_kl_nats=mean_kl,
-        greedy_agreement=same / num_new,
-        margin=margin,
-    )
+@dataclass(frozen=True)
+class Record:
+    """What one implementation computes; the other runs after it, when this one's memory is free.
+
+    Attributes:
+      logits: `[T, V]` of each prompt, or None.
+      greedy: the continuation of each.
+      margins: how far the best token was above the next, at each token of the continuation.
+      ids: of each string; None without a tokenizer.
+    """
+
+    runner: str
+    logits: Mapping[str, np.ndarray | None]
+    greedy: Mapping[str, list[int]]
+    margins: Mapping[str, np.ndarray | None]
+    ids: tuple[list[int] | None, ...] | None
+
+
+def record(runner: Runner, tokens: Mapping[str, list[int]], *, seq_len: int) -> Record:
+    """Runs every prompt, and its continuation as far as the context has room."""
+    greedy = {}
+    for name, prompt in tokens.items():
+        greedy[name] = runner.greedy(prompt, max(1, min(NUM_GREEDY_TOKENS, seq_len - len(prompt))))
+    ids = None if runner.encode("a") is None else tuple(runner.encode(text) for text in STRINGS)
+    logits, margins = {}, {}
+    for name, prompt in tokens.items():
+        whole = runner.logits([*prompt, *greedy[name]][: max(seq_len, len(prompt))])
+        logits[name] = None if whole is None else whole[: len(prompt)]
+        margins[name] = None if whole is None else _margins(whole[len(prompt) - 1 :])
+    return Record(runner.name, logits, greedy, margins, ids)
+
+
+def _margins(logits_TV: np.ndarray) -> np.ndarray:
+    best = np.partition(logits_TV, -2, axis=-1)[:, -2:]
+    return best[:, 1] - best[:, 0]
+
+
+def compare(source: Record, target: Record) -> tuple[Comparison, ...]:
+    """The figures of each prompt."""
+    found = []
+    for name, wanted in source.logits.items():
+        got, largest, mean_kl = target.logits[name], None, None
+        if wanted is not None and got is not None:
+            size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
+            largest = float(np.abs(wanted[:, :size] - got[:, :size]).max())
+            mean_kl = _mean_kl(wanted[:, :size], got[:, :size])
+        pairs = list(zip(source.greedy[name], target.greedy[name], strict=False))
+        fork = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        margins = source.margins[name]
+        found.append(
+            Comparison(
+                prompt=name,
+                max_logit_difference=largest,
+                mean_kl_nats=mean_kl,
+                greedy_agreement=fork / len(source.greedy[name]),
+                margin=float(margins[fork]) if margins is not None and fork < len(pairs) else None,
+            )
+        )
+    return tuple(found)
+
+
+def compare_tokenizers(source: Record, target: Record) -> tuple[int, int] | None:
+    """How many strings have the same ids, of how many; None unless both have a tokenizer."""
+    if source.ids is None or target.ids is None:
+        return None
+    return sum(a == b for a, b in zip(source.ids, target.ids, strict=True)), len(source.ids)
 
 
 def _mean_kl(wanted_TV: np.ndarray, got_TV: np.ndarray) -> float:
@@ -183,13 +219,6 @@ def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
     x = x_TV.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def compare_tokenizers(source: Runner, target: Runner, texts: Sequence[str] = STRINGS) -> tuple[int, int] | None:
-    """How many strings have the same ids, of how many; None unless both have a tokenizer."""
-    if source.encode("a") is None or target.encode("a") is None:
-        return None
-    return sum(source.encode(text) == target.encode(text) for text in texts), len(texts)
 
 
 def problems(
@@ -216,17 +245,34 @@ def problems(
         yield f"tokenizer: ids of {tokenizer[1] - tokenizer[0]} of {tokenizer[1]} strings differ"
 
 
-def first_difference(source: Runner, target: Runner, tokens: Sequence[int], *, tolerance: float) -> str:
-    """Which layer's output is the first to differ, relative to its size; empty if none or they do not show."""
+def layer_differences(source: Runner, target: Runner, tokens: Sequence[int]) -> list[float] | None:
+    """The largest difference of the residual stream relative to its largest value, of the embedding and each layer.
+
+    None where an implementation does not show it.
+    """
     wanted, got = source.hidden(tokens), target.hidden(tokens)
     if wanted is None or got is None:
-        return ""
-    for layer, (a, b) in enumerate(zip(wanted, got, strict=True)):
-        error = float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
-        if not error <= tolerance:
-            where = "the embedding" if layer == 0 else f"layer {layer - 1}"
-            return f"{where}: outputs differ by {error:.3g} of their largest value"
+        return None
+    return [float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in zip(wanted, got, strict=True)]
+
+
+def layer_lines(differences: Sequence[float] | None) -> list[str]:
+    """A line for each layer."""
+    if differences is None:
+        return ["the peer does not show its layers"]
+    return [f"{_layer_name(layer):>14}  {difference:.2e}" for layer, difference in enumerate(differences)]
+
+
+def first_difference(differences: Sequence[float] | None) -> str:
+    """Which layer is the first to differ by more than rounding; empty if none does."""
+    for layer, difference in enumerate(differences or ()):
+        if not difference <= _LAYER_TOLERANCE:
+            return f"the first to differ is {_layer_name(layer)}, by {difference:.2g} of its largest value"
     return ""
+
+
+def _layer_name(layer: int) -> str:
+    return "the embedding" if layer == 0 else f"layer {layer - 1}"
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from etils import epath
 
 from gptjax.checkpoint import arrays, meta, reading
 from gptjax.checkpoint import stream as array_stream
+from gptjax.checkpoint.narration import quiet_orbax
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import stream
 from gptjax.interop.source import Readable, Source
@@ -123,8 +124,9 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
     """
 
     def __init__(
-        self, directory: epath.PathLike, family: Family, model: ModelConfig, *, dtype: np.dtype | None
+        self, directory: epath.PathLike, family: Family, model: ModelConfig, *, dtype: np.dtype | None = None
     ) -> None:
+        quiet_orbax()
         self.directory = pathlib.Path(directory)
         self._meta = reading.read_meta(epath.Path(directory))
         self._shapes = arrays.stored_shapes(epath.Path(directory) / "params")
