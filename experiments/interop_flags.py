@@ -60,7 +60,8 @@ def table(certificate: Certificate) -> str:
         figures = (_figure(row.max_logit_difference), _figure(row.mean_kl_nats), f"{row.greedy_agreement:.0%}")
         lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
     if certificate.tokenizer is not None:
-        lines.append(f"  tokenizer: ids of {certificate.tokenizer[0]} of {certificate.tokenizer[1]} strings are equal")
+        total = certificate.tokenizer.num_strings
+        lines.append(f"  tokenizer: ids of {total - len(certificate.tokenizer.different)} of {total} strings are equal")
     return "\n".join(lines)
 
 

@@ -84,10 +84,19 @@ class Comparison:
     """
 
     prompt: str
+    num_tokens: int
     max_logit_difference: float | None = None
     mean_kl_nats: float | None = None
     greedy_agreement: float
     margin: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerComparison:
+    """How many fixed strings both tokenizers turned into ids, and those whose ids differ."""
+
+    num_strings: int
+    different: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,7 @@ class Certificate:
       accepted: whether all that could be compared is within the tolerance.
       source, target: what each is and the hashes of its files.
       referees: who ran the two; where a peer's own implementation is missing, that is said.
-      tokenizer: strings whose ids agree, of how many; None without a tokenizer on both sides.
+      tokenizer: None without a tokenizer on both sides.
       values: how the values were compared without running anything.
       problems: why it was not accepted.
     """
@@ -112,7 +121,7 @@ class Certificate:
     referees: Mapping[str, str]
     tolerance: Tolerance
     comparisons: tuple[Comparison, ...] = ()
-    tokenizer: tuple[int, int] | None = None
+    tokenizer: TokenizerComparison | None = None
     values: str = ""
     problems: tuple[str, ...] = ()
     first_different_layer: str = ""
@@ -132,7 +141,7 @@ def prompts(source: Runner, model: ModelConfig) -> dict[str, list[int]]:
             found[name] = ids[: max(1, model.seq_len // 2)]
     random = np.random.default_rng(0)
     windows = [block.attention.window for block in model.blocks if block.attention.window is not None]
-    longest = max(1, model.seq_len - NUM_GREEDY_TOKENS)
+    longest = max(1, model.seq_len - min(NUM_GREEDY_TOKENS, model.seq_len // 2))
     sizes = {"one token": 1, "long": min(_LONG_TOKENS, longest)}
     if windows:
         sizes["past the window"] = min(max(windows) + _PAST_WINDOW_TOKENS, longest)
@@ -146,16 +155,16 @@ class Record:
     """What one implementation computes; the other runs after it, when this one's memory is free.
 
     Attributes:
-      logits: `[T, V]` of each prompt, or None.
+      prompts: their tokens, by name.
+      logits: `[T, V]` of each prompt with its continuation, or None.
       greedy: the continuation of each.
-      margins: how far the best token was above the next, at each token of the continuation.
       ids: of each string; None without a tokenizer.
     """
 
     runner: str
+    prompts: Mapping[str, list[int]]
     logits: Mapping[str, np.ndarray | None]
     greedy: Mapping[str, list[int]]
-    margins: Mapping[str, np.ndarray | None]
     ids: tuple[list[int] | None, ...] | None
 
 
@@ -165,48 +174,46 @@ def record(runner: Runner, tokens: Mapping[str, list[int]], *, seq_len: int) -> 
     for name, prompt in tokens.items():
         greedy[name] = runner.greedy(prompt, max(1, min(NUM_GREEDY_TOKENS, seq_len - len(prompt))))
     ids = None if runner.encode("a") is None else tuple(runner.encode(text) for text in STRINGS)
-    logits, margins = {}, {}
-    for name, prompt in tokens.items():
-        whole = runner.logits([*prompt, *greedy[name]][: max(seq_len, len(prompt))])
-        logits[name] = None if whole is None else whole[: len(prompt)]
-        margins[name] = None if whole is None else _margins(whole[len(prompt) - 1 :])
-    return Record(runner.name, logits, greedy, margins, ids)
-
-
-def _margins(logits_TV: np.ndarray) -> np.ndarray:
-    best = np.partition(logits_TV, -2, axis=-1)[:, -2:]
-    return best[:, 1] - best[:, 0]
+    logits = {name: runner.logits([*prompt, *greedy[name]][:seq_len]) for name, prompt in tokens.items()}
+    return Record(runner.name, tokens, logits, greedy, ids)
 
 
 def compare(source: Record, target: Record) -> tuple[Comparison, ...]:
     """The figures of each prompt."""
-    found = []
-    for name, wanted in source.logits.items():
-        got, largest, mean_kl = target.logits[name], None, None
-        if wanted is not None and got is not None:
-            size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
-            largest = float(np.abs(wanted[:, :size] - got[:, :size]).max())
-            mean_kl = _mean_kl(wanted[:, :size], got[:, :size])
-        pairs = list(zip(source.greedy[name], target.greedy[name], strict=False))
-        fork = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        margins = source.margins[name]
-        found.append(
-            Comparison(
-                prompt=name,
-                max_logit_difference=largest,
-                mean_kl_nats=mean_kl,
-                greedy_agreement=fork / len(source.greedy[name]),
-                margin=float(margins[fork]) if margins is not None and fork < len(pairs) else None,
-            )
-        )
-    return tuple(found)
+    return tuple(_compare_prompt(source, target, name) for name in source.prompts)
 
 
-def compare_tokenizers(source: Record, target: Record) -> tuple[int, int] | None:
-    """How many strings have the same ids, of how many; None unless both have a tokenizer."""
+def _compare_prompt(source: Record, target: Record, name: str) -> Comparison:
+    """Logits are compared as far as both saw the same tokens: to where the continuations part."""
+    pairs = list(zip(source.greedy[name], target.greedy[name], strict=False))
+    fork = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    wanted, got = source.logits[name], target.logits[name]
+    largest = mean_kl = margin = None
+    last = len(source.prompts[name]) + fork
+    if wanted is not None and fork < len(pairs):
+        second, first = np.sort(wanted[last - 1])[-2:]
+        margin = float(first - second)
+    if wanted is not None and got is not None:
+        size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
+        wanted, got = wanted[:last, :size], got[:last, :size]
+        largest, mean_kl = float(np.abs(wanted - got).max()), _mean_kl(wanted, got)
+    return Comparison(
+        prompt=name,
+        num_tokens=len(source.prompts[name]),
+        max_logit_difference=largest,
+        mean_kl_nats=mean_kl,
+        greedy_agreement=fork / len(source.greedy[name]),
+        margin=margin,
+    )
+
+
+def compare_tokenizers(source: Record, target: Record) -> TokenizerComparison | None:
+    """None unless both have a tokenizer."""
     if source.ids is None or target.ids is None:
         return None
-    return sum(a == b for a, b in zip(source.ids, target.ids, strict=True)), len(source.ids)
+    pairs = zip(STRINGS, source.ids, target.ids, strict=True)
+    different = tuple(text for text, a, b in pairs if a != b)
+    return TokenizerComparison(num_strings=len(STRINGS), different=different)
 
 
 def _mean_kl(wanted_TV: np.ndarray, got_TV: np.ndarray) -> float:
@@ -222,7 +229,7 @@ def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
 
 
 def problems(
-    comparisons: Sequence[Comparison], tokenizer: tuple[int, int] | None, tolerance: Tolerance
+    comparisons: Sequence[Comparison], tokenizer: TokenizerComparison | None, tolerance: Tolerance
 ) -> Iterator[str]:
     """A line for each figure outside of the tolerance.
 
@@ -241,8 +248,9 @@ def problems(
             yield (
                 f"{found.prompt}: greedy tokens agree for {found.greedy_agreement:.0%}, expected {tolerance.greedy:.0%}"
             )
-    if tokenizer is not None and tokenizer[0] < tokenizer[1]:
-        yield f"tokenizer: ids of {tokenizer[1] - tokenizer[0]} of {tokenizer[1]} strings differ"
+    if tokenizer is not None and tokenizer.different:
+        shown = ", ".join(map(repr, tokenizer.different[:4]))
+        yield f"tokenizer: ids of {len(tokenizer.different)} of {tokenizer.num_strings} strings differ: {shown}"
 
 
 def layer_differences(source: Runner, target: Runner, tokens: Sequence[int]) -> list[float] | None:

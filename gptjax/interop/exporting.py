@@ -98,7 +98,7 @@ def _run(
     except ImportError as error:
         missing, peer = str(error), reloaded(partial)
     target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
-    judged = judge(found, source, target, runners=(ours, peer), prompts=prompts, trace=trace)
+    judged = judge(found, source, target, runners=(ours, peer), trace=trace)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -124,7 +124,7 @@ def _run(
     except ImportError as error:
         return dataclasses.replace(found, referees=names | {"source": f"missing: {error}"})
     wanted = certificate_lib.record(peer, prompts, seq_len=source.model.seq_len)
-    return judge(found, wanted, target, runners=(peer, ours), prompts=prompts, trace=trace)
+    return judge(found, wanted, target, runners=(peer, ours), trace=trace)
 
 
 def judge(
@@ -133,7 +133,6 @@ def judge(
     target: Record,
     *,
     runners: tuple[Runner, Runner],
-    prompts: Mapping[str, list[int]],
     trace: Callable[[str], None] | None,
 ) -> Certificate:
     """The certificate with the figures of both runs, and what is outside of the tolerance."""
@@ -142,8 +141,9 @@ def judge(
     problems = [*found.problems, *certificate_lib.problems(comparisons, tokenizer, found.tolerance)]
     layers: Any = None
     if problems or trace is not None:
-        longest = max(prompts.values(), key=len)
-        layers = certificate_lib.layer_differences(*runners, longest)
+        longest = max(source.prompts, key=lambda name: len(source.prompts[name]))
+        tokens = [*source.prompts[longest], *source.greedy[longest]]
+        layers = certificate_lib.layer_differences(*runners, tokens)
     if trace is not None:
         for line in certificate_lib.layer_lines(layers):
             trace(line)
