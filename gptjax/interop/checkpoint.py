@@ -130,8 +130,9 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
         self.directory = pathlib.Path(directory)
         self._meta = reading.read_meta(epath.Path(directory))
         self._shapes = arrays.stored_shapes(epath.Path(directory) / "params")
-        self._reader = array_stream.ArraysReader(self.directory / "params", self._shapes)
         self._units = {unit.theirs: unit for unit in units(family, model)}
+        sliced = {part.path: len(part.index) for unit in self._units.values() for part in unit.ours}
+        self._reader = array_stream.ArraysReader(self.directory / "params", sliced)
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> CheckpointTensor:
