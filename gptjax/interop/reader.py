@@ -7,6 +7,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MAX_LAYERS = 4096
+"""Of a config to be believed: layers are listed one by one."""
+_MAX_SIZE = 2**31 - 1
+
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.
 _WITHOUT_MEANING = frozenset(
     """_name_or_path architectures model_type transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id
@@ -52,9 +56,22 @@ class ConfigReader:
             raise ValueError(f"{self.path}: {name}: got {value!r}, expected {kind.__name__}")
         return value
 
-    def optional(self, name: str, kind: type[T]) -> T | None:
-        """The value of a key, None where it is absent or null."""
+    def size(self, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
+        """A number of things, at least one.
+
+        Raises:
+          ValueError: if it is missing, another type, or out of range.
+        """
+        value = self.take(name, int, default)
+        if not 1 <= value <= most:
+            raise ValueError(f"{self.path}: {name}: got {value}, expected 1 to {most}")
+        return value
+
+    def optional(self, name: str, kind: type[T], *, absent: T | None = None) -> T | None:
+        """The value of a key, None where it is null, `absent` where it is absent."""
         self._left.discard(name)
+        if name not in self._values:
+            return absent
         return self.take(name, kind) if name in self else None
 
     def require(self, name: str, *allowed: Any, default: Any = None) -> Any:

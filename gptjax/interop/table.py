@@ -53,6 +53,7 @@ class Family:
       read_config: their config to ours; it takes every key that matters, and what it leaves is refused.
       write_config: the keys of their config for one of ours; need not check that the family can express it.
       ignored: patterns of tensors without information of their own (old buffers).
+      prefix: of all names but the head's, which files of the model without its head lack.
     """
 
     name: str
@@ -61,6 +62,11 @@ class Family:
     read_config: Callable[[ConfigReader], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     ignored: tuple[str, ...] = ()
+    prefix: str = "model."
+
+    def name_of(self, ours: str) -> str:
+        """The tensor of theirs that holds a parameter of the whole model."""
+        return next(row.theirs for row in self.rows if row.ours == ours)
 
 
 @dataclass(frozen=True)
