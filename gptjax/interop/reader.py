@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 """Of a config to be believed: layers are listed one by one."""
 _MAX_SIZE = 2**31 - 1
 

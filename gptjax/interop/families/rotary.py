@@ -53,6 +53,8 @@ def _scaling(section: ConfigReader, seq_len: int) -> RopeScaling | None:
         section.finish()
         return None
     factor = section.take("factor", float)
+    if not factor > 0:
+        raise ValueError(f"{section.path}: factor: got {factor}, expected above 0")
     if kind == "linear":
         section.ignore(["original_max_position_embeddings"])
         section.finish()
