@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ class ConfigReader:
         """The value of a key; absent and null mean the default, without which the key is required.
 
         Raises:
-          ValueError: if it is missing or of another type.
+          ValueError: if it is missing, of another type, or not finite.
         """
         self._left.discard(name)
         value = self._values.get(name)
@@ -50,7 +51,9 @@ class ConfigReader:
             if default is None:
                 raise ValueError(f"{self.path}: {name}: missing; expected {kind.__name__}")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) in (int, float):
+            if not abs(value) <= sys.float_info.max:  # JSON as Python reads it has NaN, and numbers of any length
+                raise ValueError(f"{self.path}: {name}: got {value!r:.40}, expected a finite number")
             return float(value)  # type: ignore[return-value]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.path}: {name}: got {value!r}, expected {kind.__name__}")
