@@ -24,10 +24,11 @@ transformers = pytest.importorskip("transformers", reason="the peer's own implem
 from gptjax.interop.referees.hf import TransformersRunner  # noqa: E402
 
 EXACT = Tolerance(max_logit=2e-4, mean_kl=1e-6, greedy=1.0)
-# What says nothing of the forward pass, or nothing that is kept; see `gptjax.interop.reader`.
+# What says nothing of the forward pass (see `gptjax.interop.reader`), or nothing besides `layer_types`.
 _FREE_KEYS = frozenset(
     """_name_or_path transformers_version dtype torch_dtype use_cache bos_token_id eos_token_id pad_token_id
-    initializer_range attention_dropout embd_pdrop attn_pdrop resid_pdrop""".split()
+    initializer_range attention_dropout embd_pdrop attn_pdrop resid_pdrop max_window_layers sliding_window_pattern
+    _sliding_window_pattern""".split()
 )
 
 
