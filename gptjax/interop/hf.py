@@ -51,7 +51,7 @@ def open_source(folder: pathlib.Path) -> Source:
         format="hf",
         family=family,
         model=model,
-        tensors=_normal(folder, tensors, family, model),
+        tensors=family.adapt(_normal(folder, tensors, family, model), model),
         tokenizer=_read_tokenizer(folder),
         files=files,
         raw_config=values,

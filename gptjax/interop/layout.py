@@ -119,6 +119,21 @@ class Alternating:
 
 
 @dataclass(frozen=True)
+class JoinedHeads:
+    """Several of ours `[D, N, H_i]`, one after the other within each of the N heads of PyTorch's `[out, in]`."""
+
+    def theirs_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return (shapes[0][1] * sum(shape[2] for shape in shapes), shapes[0][0])
+
+    def to_ours(self, theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        ends = np.cumsum([shape[2] for shape in shapes])
+        return np.split(theirs.T.reshape(*shapes[0][:2], ends[-1]), ends[:-1], axis=2)
+
+    def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        return Linear().to_theirs([np.concatenate(ours, axis=2)])
+
+
+@dataclass(frozen=True)
 class PairedRotation:
     """Theirs rotates neighbouring pairs of the last `rotated` dimensions of a head, ours its halves.
 

@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 MAX_LAYERS = 1024
 """Of a config to be believed: layers are listed one by one."""
+MAX_EXPERTS = 4096
+"""Likewise of one layer."""
 _MAX_SIZE = 2**31 - 1
 
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.
@@ -69,6 +71,17 @@ class ConfigReader:
         if not 1 <= value <= most:
             raise ValueError(f"{self.path}: {name}: got {value}, expected 1 to {most}")
         return value
+
+    def known_as(self, *names: str) -> str:
+        """The name that the config has a key under, of those that it goes by, the usual one first.
+
+        Raises:
+          ValueError: if it is there twice with different values.
+        """
+        found = [name for name in names if name in self]
+        for other in found[1:]:
+            self.require(other, self._values[found[0]])
+        return found[0] if found else names[0]
 
     def optional(self, name: str, kind: type[T], *, absent: T | None = None) -> T | None:
         """The value of a key, None where it is null, `absent` where it is absent."""

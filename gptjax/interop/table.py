@@ -54,6 +54,8 @@ class Family:
       write_config: the keys of their config for one of ours; need not check that the family can express it.
       ignored: patterns of tensors without information of their own (old buffers).
       prefix: of all names but the head's, which files of the model without its head lack.
+      adapt: their tensors as they were found to those that the rows name: what is packed is then unpacked when it is
+        read, and what the model does not compute with is left out.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     ignored: tuple[str, ...] = ()
     prefix: str = "model."
+    adapt: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda tensors, model: tensors
 
     def name_of(self, ours: str) -> str:
         """The tensor of theirs that holds a parameter of the whole model."""

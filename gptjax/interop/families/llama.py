@@ -101,10 +101,14 @@ def write_model(model: ModelConfig) -> dict[str, Any]:
     """The keys of a dense model but for those of its attention and its activation."""
     mlp = model.blocks[0].mlp
     assert isinstance(mlp, MLPConfig), "this family is dense"
+    return write_outer(model) | {"intermediate_size": mlp.d_ff}
+
+
+def write_outer(model: ModelConfig) -> dict[str, Any]:
+    """The keys of any model but for those of its attention and its feed-forward layers."""
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
-        "intermediate_size": mlp.d_ff,
         "num_hidden_layers": model.num_layers,
         "max_position_embeddings": model.seq_len,
         "rms_norm_eps": model.blocks[0].norm.eps,
