@@ -41,5 +41,5 @@ $(VENV)/.installed: setup.py | $(PY)
 	@touch $@
 
 $(VENV)/.installed-test: setup.py | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test,gguf,tokenizers,referees]'
 	@touch $(VENV)/.installed $@

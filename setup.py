@@ -27,6 +27,10 @@ EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]>=1.9"],
+    "gguf": ["gguf>=0.17"],
+    "tokenizers": ["tokenizers>=0.21"],
+    # Whose implementations conversions are compared with.
+    "referees": ["torch==2.13.0", "transformers>=5.0", "xllamacpp"],
     "test": [
         "hypothesis>=6.100",
         "import-linter>=2.3",

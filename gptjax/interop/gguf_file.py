@@ -40,7 +40,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files need the gguf package: pip install gptjax[interop]") from error
+        raise ImportError("GGUF files need the gguf package: pip install 'gptjax[gguf]'") from error
     return gguf
 
 

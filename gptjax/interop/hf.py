@@ -51,7 +51,7 @@ def open_source(folder: pathlib.Path) -> Source:
         format="hf",
         family=family,
         model=model,
-        tensors=_without_copies(tensors, model),
+        tensors=family.adapt(_normal(folder, tensors, family, model), model),
         tokenizer=_read_tokenizer(folder),
         files=files,
         raw_config=values,
@@ -70,20 +70,27 @@ def _check_format(folder: pathlib.Path) -> None:
     raise ValueError(f"{folder / safetensors.SINGLE_FILE}: missing; expected it or {safetensors.INDEX_FILE}")
 
 
-def _without_copies(tensors: SafetensorsFolder, model: ModelConfig) -> Mapping[str, safetensors.Stored]:
-    """Some folders hold a tied head a second time; it must then be the embedding."""
+def _normal(
+    folder: pathlib.Path, tensors: Mapping[str, safetensors.Stored], family: Family, model: ModelConfig
+) -> Mapping[str, safetensors.Stored]:
+    """The tensors under their full names, and without the copy of a tied head that some folders hold."""
+    embedding, head = family.name_of("embed/tokens"), family.name_of("head/kernel")
     found = dict(tensors)
-    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    if not model.tie_embeddings or head is None or embedding is None:
-        return found
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not same or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
-        raise ValueError(
-            f"{tensors.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says that they "
-            "are tied (tie_word_embeddings); set it to false if the head is the model's own"
-        )
-    del found["lm_head.weight"]
+    if not any(name.startswith(family.prefix) for name in found):
+        found = {name if name == head else family.prefix + name: stored for name, stored in found.items()}
+    if model.tie_embeddings and head in found and embedding in found:
+        if not _equal(found[head], found[embedding]):
+            raise ValueError(
+                f"{folder}: {head} differs from {embedding}, but config.json says that they are tied "
+                "(tie_word_embeddings); set it to false if the head is the model's own"
+            )
+        del found[head]
     return found
+
+
+def _equal(first: safetensors.Stored, second: safetensors.Stored) -> bool:
+    same = first.shape == second.shape and first.dtype == second.dtype
+    return same and np.array_equal(first.read().reshape(-1).view(np.uint8), second.read().reshape(-1).view(np.uint8))
 
 
 def _read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer | None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+MAX_LAYERS = 1024
+"""Of a config to be believed: layers are listed one by one."""
+MAX_EXPERTS = 4096
+"""Likewise of one layer."""
+_MAX_SIZE = 2**31 - 1
 
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.
 _WITHOUT_MEANING = frozenset(
@@ -38,7 +45,7 @@ class ConfigReader:
         """The value of a key; absent and null mean the default, without which the key is required.
 
         Raises:
-          ValueError: if it is missing or of another type.
+          ValueError: if it is missing, of another type, or not finite.
         """
         self._left.discard(name)
         value = self._values.get(name)
@@ -46,15 +53,41 @@ class ConfigReader:
             if default is None:
                 raise ValueError(f"{self.path}: {name}: missing; expected {kind.__name__}")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) in (int, float):
+            if not abs(value) <= sys.float_info.max:  # JSON as Python reads it has NaN, and numbers of any length
+                raise ValueError(f"{self.path}: {name}: got {value!r:.40}, expected a finite number")
             return float(value)  # type: ignore[return-value]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.path}: {name}: got {value!r}, expected {kind.__name__}")
         return value
 
-    def optional(self, name: str, kind: type[T]) -> T | None:
-        """The value of a key, None where it is absent or null."""
+    def size(self, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
+        """A number of things, at least one.
+
+        Raises:
+          ValueError: if it is missing, another type, or out of range.
+        """
+        value = self.take(name, int, default)
+        if not 1 <= value <= most:
+            raise ValueError(f"{self.path}: {name}: got {value}, expected 1 to {most}")
+        return value
+
+    def known_as(self, *names: str) -> str:
+        """The name that the config has a key under, of those that it goes by, the usual one first.
+
+        Raises:
+          ValueError: if it is there twice with different values.
+        """
+        found = [name for name in names if name in self]
+        for other in found[1:]:
+            self.require(other, self._values[found[0]])
+        return found[0] if found else names[0]
+
+    def optional(self, name: str, kind: type[T], *, absent: T | None = None) -> T | None:
+        """The value of a key, None where it is null, `absent` where it is absent."""
         self._left.discard(name)
+        if name not in self._values:
+            return absent
         return self.take(name, kind) if name in self else None
 
     def require(self, name: str, *allowed: Any, default: Any = None) -> Any:

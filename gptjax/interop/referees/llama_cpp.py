@@ -40,7 +40,7 @@ class LlamaCppRunner:
         self, file: pathlib.Path, *, max_context: int = DEFAULT_MAX_CONTEXT, special_tokens: Literal["token", "text"] = "token"
     ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
-            raise ImportError("llama.cpp as a referee needs xllamacpp: pip install gptjax[interop]")
+            raise ImportError("llama.cpp as a referee needs xllamacpp: pip install 'gptjax[referees]'")
         self._file, self._special_tokens = file, special_tokens
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
