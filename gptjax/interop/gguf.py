@@ -42,12 +42,27 @@ def is_gguf(file: pathlib.Path) -> bool:
         return opened.read(len(MAGIC)) == MAGIC
 
 
-def open_source(file: pathlib.Path) -> Source:
-    """A GGUF file; values of quantised types are float32.
+def find(path: pathlib.Path) -> pathlib.Path:
+    """The file itself, or the one GGUF file in a folder.
+
+    Raises:
+      ValueError: if the folder has none, or several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise ValueError(f"{path}: {len(found)} GGUF files, expected one; name the file")
+    return found[0]
+
+
+def open_source(path: pathlib.Path) -> Source:
+    """A GGUF file, or the one in a folder; values of quantised types are float32.
 
     Raises:
       ValueError: naming the file, and the key or tensor, that is missing, damaged or not supported.
     """
+    file = find(path)
     header = read_header(file)
     architecture = architecture_of(header)
     factors = header.tensors.get(gguf_rope.FACTORS_TENSOR)

@@ -17,11 +17,9 @@ import numpy as np
 from gptjax.interop import gguf_rope
 from gptjax.interop.gguf_names import FromOne, Move, MoveOf, Pairs, Same, Transposed
 from gptjax.interop.layout import Shape
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.reader import MAX_EXPERTS, MAX_LAYERS, ConfigReader
 from gptjax.nn.config import AttentionConfig, ModelConfig
 
-MAX_LAYERS = 4096
-_MAX_SIZE = 1 << 31
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 # Of all that descend from Llama: Hugging Face's key, GGUF's, and its type.
@@ -79,14 +77,6 @@ class Architecture:
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def size(reader: ConfigReader, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
-    """A number of things, at least one; a damaged file is not to make us list billions."""
-    value = reader.take(name, int, default)
-    if not 1 <= value <= most:
-        raise ValueError(f"{reader.path}: {name}: got {value}, expected 1 to {most}")
-    return value
-
-
 def read_outer(reader: ConfigReader, found: Found) -> dict[str, Any]:
     """The vocabulary, whose size is that of the embedding, and whether that is the head too."""
     shape = found.shapes.get("token_embd.weight")
@@ -98,13 +88,13 @@ def read_outer(reader: ConfigReader, found: Found) -> dict[str, Any]:
 
 def read_sizes(reader: ConfigReader, found: Found) -> dict[str, Any]:
     """What Llama and its descendants have in common but for the size of heads and the stretching of rotations."""
-    num_heads = size(reader, "attention.head_count")
+    num_heads = reader.size("attention.head_count")
     config = read_outer(reader, found) | {
-        "max_position_embeddings": size(reader, "context_length"),
-        "hidden_size": size(reader, "embedding_length"),
-        "num_hidden_layers": size(reader, "block_count", most=MAX_LAYERS),
+        "max_position_embeddings": reader.size("context_length"),
+        "hidden_size": reader.size("embedding_length"),
+        "num_hidden_layers": reader.size("block_count", most=MAX_LAYERS),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": size(reader, "attention.head_count_kv", num_heads),
+        "num_key_value_heads": reader.size("attention.head_count_kv", num_heads),
         "rms_norm_eps": reader.take("attention.layer_norm_rms_epsilon", float),
         "rope_theta": reader.take("rope.freq_base", float, 10_000.0),
     }
@@ -115,7 +105,7 @@ def read_sizes(reader: ConfigReader, found: Found) -> dict[str, Any]:
 def read_llama_like(reader: ConfigReader, found: Found) -> dict[str, Any]:
     """`read_sizes` and attention with heads that are rotated as a whole."""
     config = read_sizes(reader, found)
-    head_dim = size(reader, "attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    head_dim = reader.size("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     for key in ("attention.value_length", "rope.dimension_count"):
         reader.require(key, head_dim, default=head_dim)
     scaling = gguf_rope.read(reader, theta=config["rope_theta"], dims=head_dim, factors=found.rope_factors)
@@ -142,16 +132,15 @@ def _has_biases(found: Found, name: str) -> bool:
 
 
 def _read_llama(reader: ConfigReader, found: Found) -> dict[str, Any]:
-    config = read_llama_like(reader, found) | {"intermediate_size": size(reader, "feed_forward_length")}
-    num_experts = reader.take("expert_count", int, 0)
-    num_chosen = reader.take("expert_used_count", int, 0)
-    if num_experts:
-        reader.ignore(["expert_feed_forward_length"])
+    config = read_llama_like(reader, found) | {"intermediate_size": reader.size("feed_forward_length")}
+    if reader.take("expert_count", int, 0):
+        reader.require("expert_feed_forward_length", config["intermediate_size"], default=config["intermediate_size"])
         return config | {
             "model_type": "mixtral",
-            "num_local_experts": num_experts,
-            "num_experts_per_tok": num_chosen,
+            "num_local_experts": reader.size("expert_count", most=MAX_EXPERTS),
+            "num_experts_per_tok": reader.size("expert_used_count"),
         }
+    reader.require("expert_used_count", 0, default=0)
     return config | {
         "model_type": "llama",
         "attention_bias": _has_biases(found, "attn_q"),
@@ -178,7 +167,7 @@ def _llama_move(name: str, model: ModelConfig) -> Move:
 def _read_qwen3(reader: ConfigReader, found: Found) -> dict[str, Any]:
     return read_llama_like(reader, found) | {
         "model_type": "qwen3",
-        "intermediate_size": size(reader, "feed_forward_length"),
+        "intermediate_size": reader.size("feed_forward_length"),
         "attention_bias": _has_biases(found, "attn_q"),
         "use_sliding_window": False,
     }
@@ -194,9 +183,9 @@ def _write_qwen3(config: Mapping[str, Any]) -> Written:
 def _read_qwen3_moe(reader: ConfigReader, found: Found) -> dict[str, Any]:
     return _read_qwen3(reader, found) | {
         "model_type": "qwen3_moe",
-        "num_experts": size(reader, "expert_count"),
-        "num_experts_per_tok": size(reader, "expert_used_count"),
-        "moe_intermediate_size": size(reader, "expert_feed_forward_length"),
+        "num_experts": reader.size("expert_count", most=MAX_EXPERTS),
+        "num_experts_per_tok": reader.size("expert_used_count"),
+        "moe_intermediate_size": reader.size("expert_feed_forward_length"),
         "norm_topk_prob": True,
     }
 
@@ -224,8 +213,8 @@ def _read_gemma3(reader: ConfigReader, found: Found) -> dict[str, Any]:
         scalar = config["hidden_size"] // config["num_attention_heads"]
     return config | {
         "model_type": "gemma3_text",
-        "intermediate_size": size(reader, "feed_forward_length"),
-        "sliding_window": size(reader, "attention.sliding_window"),
+        "intermediate_size": reader.size("feed_forward_length"),
+        "sliding_window": reader.size("attention.sliding_window"),
         "layer_types": [SLIDING if layer % _GEMMA3_PERIOD else FULL for layer in range(1, num_layers + 1)],
         "rope_local_base_freq": reader.take("rope.freq_base_swa", float, _GEMMA3_LOCAL_THETA),
         "query_pre_attn_scalar": scalar,
@@ -250,11 +239,11 @@ def _gemma3_move(name: str, model: ModelConfig) -> Move:
 def _read_gpt2(reader: ConfigReader, found: Found) -> dict[str, Any]:
     return read_outer(reader, found) | {
         "model_type": "gpt2",
-        "n_positions": size(reader, "context_length"),
-        "n_embd": size(reader, "embedding_length"),
-        "n_layer": size(reader, "block_count", most=MAX_LAYERS),
-        "n_head": size(reader, "attention.head_count"),
-        "n_inner": size(reader, "feed_forward_length"),
+        "n_positions": reader.size("context_length"),
+        "n_embd": reader.size("embedding_length"),
+        "n_layer": reader.size("block_count", most=MAX_LAYERS),
+        "n_head": reader.size("attention.head_count"),
+        "n_inner": reader.size("feed_forward_length"),
         "layer_norm_epsilon": reader.take("attention.layer_norm_epsilon", float),
         "activation_function": "gelu_new",
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
+
 from gptjax.interop import gguf_rope
 from gptjax.interop.gguf_config import (
     FULL,
@@ -14,12 +16,11 @@ from gptjax.interop.gguf_config import (
     Written,
     read_llama_like,
     read_sizes,
-    size,
     write_llama_like,
     write_sizes,
 )
 from gptjax.interop.gguf_names import AbsorbedHeads, Move, Same, TakenApart, Transposed
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.reader import MAX_EXPERTS, ConfigReader
 from gptjax.nn.config import MLAConfig, ModelConfig
 
 _GPT_OSS_RENAMED = {
@@ -41,7 +42,7 @@ _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 def _read_gpt_oss(reader: ConfigReader, found: Found) -> dict[str, Any]:
     config = read_llama_like(reader, found)
     scaling = config.get("rope_scaling", {"rope_type": "default"})
-    d_ff = size(reader, "expert_feed_forward_length")
+    d_ff = reader.size("expert_feed_forward_length")
     reader.require("feed_forward_length", d_ff, default=d_ff)
     return config | {
         "model_type": "gpt_oss",
@@ -49,14 +50,16 @@ def _read_gpt_oss(reader: ConfigReader, found: Found) -> dict[str, Any]:
         "rope_scaling": scaling | ({"truncate": False} if scaling["rope_type"] == "yarn" else {}),
         "attention_bias": True,
         "intermediate_size": d_ff,
-        "num_local_experts": size(reader, "expert_count"),
-        "num_experts_per_tok": size(reader, "expert_used_count"),
-        "sliding_window": size(reader, "attention.sliding_window"),
+        "num_local_experts": reader.size("expert_count", most=MAX_EXPERTS),
+        "num_experts_per_tok": reader.size("expert_used_count"),
+        "sliding_window": reader.size("attention.sliding_window"),
         "layer_types": [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
     }
 
 
 def _write_gpt_oss(config: Mapping[str, Any]) -> Written:
+    if config["rope_scaling"].get("truncate") is False:
+        logging.warning("gguf: llama.cpp rounds the range of YaRN, which this model does not")
     written = write_llama_like(config)
     keys = {
         "feed_forward_length": config["intermediate_size"],
@@ -80,28 +83,29 @@ def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
 def _read_deepseek(reader: ConfigReader, found: Found) -> dict[str, Any]:
     config = read_sizes(reader, found)
     reader.require("attention.layer_norm_rms_epsilon", _DEEPSEEK_EPS)
-    num_heads, rank = config["num_attention_heads"], size(reader, "attention.kv_lora_rank")
-    rotated = size(reader, "rope.dimension_count")
+    num_heads, rank = config["num_attention_heads"], reader.size("attention.kv_lora_rank")
+    rotated = reader.size("rope.dimension_count")
     if "attention.key_length_mla" in reader:
         # The form in which the keys' projection is absorbed into the queries': one head of latents for all.
         reader.require("attention.head_count_kv", 1)
         reader.require("attention.key_length", rank + rotated)
         reader.require("attention.value_length", rank)
-        key_dim, value_dim = size(reader, "attention.key_length_mla"), size(reader, "attention.value_length_mla")
+        key_dim, value_dim = reader.size("attention.key_length_mla"), reader.size("attention.value_length_mla")
     else:
         reader.require("attention.head_count_kv", num_heads, default=num_heads)
-        key_dim, value_dim = size(reader, "attention.key_length"), size(reader, "attention.value_length")
+        key_dim, value_dim = reader.size("attention.key_length"), reader.size("attention.value_length")
     multiplier = reader.optional(_LOG_MULTIPLIER, float)
     scaling = gguf_rope.read(reader, theta=config["rope_theta"], dims=rotated, factors=found.rope_factors)
     if scaling is not None and scaling["rope_type"] == "yarn":
-        if multiplier is None:
-            raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: missing; expected it beside YaRN")
+        if not multiplier:
+            raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: got {multiplier}, expected over 0 beside YaRN")
         mscale = float(f"{10 * multiplier:.6g}")
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
     config |= {
         "model_type": "deepseek_v3",
         "num_key_value_heads": num_heads,
-        "q_lora_rank": reader.optional("attention.q_lora_rank", int),
+        # Without it llama.cpp takes the model for one of DeepSeek-V2's, by its number of layers.
+        "q_lora_rank": reader.size("attention.q_lora_rank"),
         "kv_lora_rank": rank,
         "qk_nope_head_dim": key_dim - rotated,
         "qk_rope_head_dim": rotated,
@@ -114,12 +118,12 @@ def _read_deepseek_experts(reader: ConfigReader) -> dict[str, Any]:
     reader.require("expert_gating_func", _SIGMOID)
     reader.require("nextn_predict_layers", 0, default=0)
     return {
-        "intermediate_size": size(reader, "feed_forward_length"),
+        "intermediate_size": reader.size("feed_forward_length"),
         "first_k_dense_replace": reader.take("leading_dense_block_count", int, 0),
-        "moe_intermediate_size": size(reader, "expert_feed_forward_length"),
-        "n_routed_experts": size(reader, "expert_count"),
-        "n_shared_experts": size(reader, "expert_shared_count"),
-        "num_experts_per_tok": size(reader, "expert_used_count"),
+        "moe_intermediate_size": reader.size("expert_feed_forward_length"),
+        "n_routed_experts": reader.size("expert_count", most=MAX_EXPERTS),
+        "n_shared_experts": reader.size("expert_shared_count"),
+        "num_experts_per_tok": reader.size("expert_used_count"),
         "routed_scaling_factor": reader.take("expert_weights_scale", float, 1.0),
         "norm_topk_prob": reader.take("expert_weights_norm", bool, False),
         "n_group": reader.take("expert_group_count", int, 1),
@@ -153,7 +157,7 @@ def _write_deepseek(config: Mapping[str, Any]) -> Written:
         "expert_group_count": config["n_group"],
         "expert_group_used_count": config["topk_group"],
     }
-    if config.get("q_lora_rank") is not None:
+    if config["q_lora_rank"] is not None:
         keys["attention.q_lora_rank"] = config["q_lora_rank"]
     return Written(keys, factors)
 

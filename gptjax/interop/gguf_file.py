@@ -123,6 +123,11 @@ def _stored_dtype(kind: int) -> np.dtype | None:
     return {kinds.F32: np.dtype("<f4"), kinds.F16: np.dtype("<f2"), kinds.BF16: np.dtype(ml_dtypes.bfloat16)}.get(kind)
 
 
+def is_float(kind: int) -> bool:
+    """Whether values of a type are stored as they are, not in quantised blocks."""
+    return _stored_dtype(kind) is not None
+
+
 def byte_size(kind: int, shape: Shape) -> int:
     """Of a tensor whose last dimension is whole blocks."""
     block, block_bytes = gguf_package().GGML_QUANT_SIZES[kind]

@@ -259,6 +259,11 @@ def write(tokenizer: Tokenizer | None, *, vocab_size: int) -> dict[str, Any]:
 
 
 def _from_pieces(pieces: Pieces) -> dict[str, Any]:
+    if pieces.remove_extra_whitespaces or pieces.charsmap:
+        logging.warning(
+            "gguf: the tokenizer normalises text (spaces in a row become one, or Unicode is composed), which llama.cpp "
+            "does not do for models of this kind: such texts get other ids there"
+        )
     return {
         "model": "llama",
         "tokens": list(pieces.texts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from etils import epath
 from gptjax.checkpoint import reading
 from gptjax.checkpoint.meta import model_differences
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import gguf_names, gguf_rope, gguf_tokenizer, stream
 from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.families import FAMILIES
@@ -24,6 +25,7 @@ from gptjax.interop.gguf_config import Architecture, Found
 from gptjax.interop.gguf_file import GgufFile, gguf_package, write_header
 from gptjax.interop.gguf_names import Place
 from gptjax.interop.layout import Shape
+from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
 from gptjax.nn.config import ModelConfig
 
@@ -47,7 +49,7 @@ class Plan:
 
     architecture: Architecture
     family: Family
-    metadata: Mapping[str, Any]
+    metadata: dict[str, Any]
     tensors: Mapping[str, tuple[Shape, int]]
     places: Mapping[str, Place]
     rope_factors: np.ndarray | None
@@ -78,16 +80,9 @@ def write(
     content = reading.read_assets(epath.Path(checkpoint)).get(tokenizer_lib.FILE_NAME)
     tokenizer = None if content is None else tokenizer_lib.from_bytes(content)
     plan = make_plan(meta.model, quantization=quantization, family_name=family_name)
-    metadata = {
-        **plan.metadata,
-        "general.name": name,
-        **gguf_tokenizer.write(tokenizer, vocab_size=meta.model.vocab_size),
-    }
     job = {"checkpoint": meta.checksums, "quantization": quantization, "family": plan.family.name}
     journal = stream.Journal(file.with_name(file.name + ".journal"), job=job)
-    header = write_header(file, metadata, plan.tensors)
-    if plan.rope_factors is not None:
-        header.tensors[gguf_rope.FACTORS_TENSOR].write(plan.rope_factors)
+    header = _create(file, plan, tokenizer, name=name, vocab_size=meta.model.vocab_size)
     tensors = CheckpointTensors(checkpoint, plan.family, meta.model, dtype=None)
 
     def convert(task: stream.Tensor) -> list[int]:
@@ -96,12 +91,38 @@ def write(
         return sums
 
     names = sorted(tensors, key=lambda key: (tensors[key].unit.ours[0].path, tensors[key].unit.ours[0].index))
-    # What is written passes through float32.
-    tasks = [stream.Tensor(key, tensors[key].shape, np.dtype(np.float32)) for key in names]
-    stream.run(tasks, convert, journal, label="export", num_threads=num_threads)
+    stream.run(_tasks(tensors, names), convert, journal, label="export", num_threads=num_threads)
     tensors.verify(journal.notes)
     journal.remove()
     return plan.family
+
+
+def write_source(source: Source, file: pathlib.Path, *, quantization: Quantization = "f32") -> None:
+    """Writes what a source of any format holds, such as the values of a quantised file in float32.
+
+    Raises:
+      ValueError: if llama.cpp cannot run the model or its tokenizer.
+    """
+    plan = make_plan(source.model, quantization=quantization, family_name=source.family.name)
+    header = _create(file, plan, source.tokenizer, name=source.path.stem, vocab_size=source.model.vocab_size)
+
+    def convert(task: stream.Tensor) -> None:
+        _put(header, plan.places[task.name], source.tensors[task.name].read())
+
+    stream.run(_tasks(source.tensors, list(plan.places)), convert, None, label="for llama.cpp")
+
+
+def _create(file: pathlib.Path, plan: Plan, tokenizer: Tokenizer | None, *, name: str, vocab_size: int) -> GgufFile:
+    metadata = plan.metadata | {"general.name": name} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
+    header = write_header(file, metadata, plan.tensors)
+    if plan.rope_factors is not None:
+        header.tensors[gguf_rope.FACTORS_TENSOR].write(plan.rope_factors)
+    return header
+
+
+def _tasks(tensors: Mapping[str, Any], names: Sequence[str]) -> list[stream.Tensor]:
+    """What is written passes through float32."""
+    return [stream.Tensor(name, tuple(tensors[name].shape), np.dtype(np.float32)) for name in names]
 
 
 def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: str | None = None) -> Plan:

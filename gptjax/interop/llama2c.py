@@ -37,6 +37,7 @@ MAGIC = 0x616B3432
 _HEADER_BYTES = {0: 28, 1: 256}
 _EPS, _THETA = 1e-5, 10_000.0  # constants of run.c
 _MAX_SIZE = 1 << 24  # of any one dimension; more is no model but a damaged file
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # torch.save's, new and old
 _FLOAT32 = np.dtype("<f4")
 
 
@@ -156,7 +157,8 @@ def read_header(file: pathlib.Path) -> Header:
     header = Header(version, *sizes[:5], abs(sizes[5]), sizes[6], tied)
     numbers = (header.dim, header.hidden_dim, header.n_layers, header.n_heads, header.n_kv_heads, header.vocab_size)
     if not all(0 < number <= _MAX_SIZE for number in (*numbers, header.seq_len)):
-        raise ValueError(f"{file}: sizes {sizes} are none of a llama2.c model; it is damaged or another format")
+        pickled = "; it may be a pickle, which runs code when it is opened" if start.startswith(_PICKLES) else ""
+        raise ValueError(f"{file}: sizes {sizes} are none of a llama2.c model; it is damaged or another format{pickled}")
     if header.dim % (2 * header.n_heads) or header.n_heads % header.n_kv_heads:
         raise ValueError(
             f"{file}: dim {header.dim}, {header.n_heads} heads, {header.n_kv_heads} kv heads: expected even heads and "

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from absl import logging
+
+from gptjax.interop import gguf, gguf_tokenizer, gguf_write
+from gptjax.interop.gguf_file import is_float, read_header
+from gptjax.interop.source import Source
 
 _PROGRAM = pathlib.Path(__file__).with_name("llama_cpp_process.py")
 DEFAULT_MAX_CONTEXT = 4096
@@ -39,8 +46,7 @@ class LlamaCppRunner:
     def __init__(
         self, file: pathlib.Path, *, max_context: int = DEFAULT_MAX_CONTEXT, special_tokens: Literal["token", "text"] = "token"
     ) -> None:
-        if importlib.util.find_spec("xllamacpp") is None:
-            raise ImportError("llama.cpp as a referee needs xllamacpp: pip install 'gptjax[referees]'")
+        _require_package()
         self._file, self._special_tokens = file, special_tokens
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
@@ -101,6 +107,50 @@ class LlamaCppRunner:
         lines = self._log.read().decode(errors="replace").splitlines()
         failures = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert"))]
         return " | ".join((failures or lines)[-4:])
+
+
+def of_file(path: pathlib.Path) -> LlamaCppRunner:
+    """The runner of a GGUF file, or of the one in a folder, that encodes as the tokenizer read from it here does."""
+    file = gguf.find(path)
+    tokenizer = gguf_tokenizer.read(read_header(file))
+    is_text = tokenizer is not None and tokenizer.kind == "sentencepiece"
+    return LlamaCppRunner(file, special_tokens="text" if is_text else "token")
+
+
+def of_source(source: Source) -> LlamaCppRunner:
+    """The runner of a GGUF source, given its values in float32 where they are quantised.
+
+    With quantised weights llama.cpp rounds activations to 8 bits too: its logits are then some way off those of the
+    very values in the file, and say little of a conversion. The file in float32 is a temporary one; where it does not
+    fit, llama.cpp is given the source itself.
+
+    Raises:
+      ImportError: without xllamacpp.
+      ValueError: if llama.cpp cannot load it.
+    """
+    tensors = read_header(source.path).tensors.values()
+    if all(is_float(tensor.kind) for tensor in tensors):
+        return of_file(source.path)
+    _require_package()
+    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if num_bytes > 0.8 * free:
+        logging.warning(
+            "%s: llama.cpp runs it quantised: %.1f GB in float32 do not fit into %s; set TMPDIR to where there is room",
+            source.path, num_bytes / 1e9, tempfile.gettempdir(),
+        )  # fmt: skip
+        return of_file(source.path)
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
+        file = pathlib.Path(folder) / f"{source.path.stem}.gguf"
+        gguf_write.write_source(source, file)
+        runner = of_file(file)  # which keeps the file open
+    runner.name += ", of the file's values in float32"
+    return runner
+
+
+def _require_package() -> None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ImportError("llama.cpp as a referee needs xllamacpp: pip install 'gptjax[referees]'")
 
 
 def _end(process: subprocess.Popen) -> None:
