@@ -70,6 +70,11 @@ class GgufTensor:
         offset = self.offset + index * byte_size(self.kind, shape)
         return dataclasses.replace(self, shape=shape, offset=offset)
 
+    def rows(self, start: int, stop: int) -> GgufTensor:
+        """`tensor[start:stop]`."""
+        offset = self.offset + start * byte_size(self.kind, self.shape[1:])
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), offset=offset)
+
     def read(self) -> np.ndarray:
         """The values.
 

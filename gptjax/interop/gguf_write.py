@@ -34,6 +34,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 # llama.cpp keeps these in float32: they are small, and it looks for nothing else.
 _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+_WRITE_VALUES = 1 << 22
 # Where few bits cost most, for what they save.
 _OUTER = ("token_embd.weight", "output.weight")
 
@@ -208,7 +209,14 @@ def _put(header: GgufFile, place: Place, value: np.ndarray) -> None:
     for name, part in zip(place.names, place.move.to_gguf(value), strict=True):
         tensor = header.tensors[name]
         tensor = tensor if place.expert is None else tensor.part(place.expert)
-        tensor.write(quantize(part, tensor.kind, name=name))
+        if len(tensor.shape) == 1:
+            tensor.write(quantize(part, tensor.kind, name=name))
+            continue
+        # What quantising needs besides is then a small part of the tensor.
+        step = max(_WRITE_VALUES // math.prod(tensor.shape[1:]), 1)
+        for start in range(0, tensor.shape[0], step):
+            rows = tensor.rows(start, min(start + step, tensor.shape[0]))
+            rows.write(quantize(part[start : start + step], tensor.kind, name=name))
 
 
 def quantize(value: np.ndarray, kind: int, *, name: str) -> np.ndarray:
@@ -219,7 +227,7 @@ def quantize(value: np.ndarray, kind: int, *, name: str) -> np.ndarray:
     """
     gguf = gguf_package()
     if kind == _type("bf16") and value.dtype == ml_dtypes.bfloat16:
-        return value
+        return value  # through float32 it would be the same but for some NaNs
     values = np.ascontiguousarray(value, np.float32)
     with np.errstate(over="ignore"):
         raw = gguf.quantize(values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType(kind))
