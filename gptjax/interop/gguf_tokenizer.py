@@ -150,7 +150,7 @@ def _sentencepiece(values: Mapping[str, Any]) -> Tokenizer:
 
 
 def _byte_level(values: Mapping[str, Any]) -> Tokenizer:
-    tokens, types, merges = values["tokens"], values["types"], values.get("merges", [])
+    tokens, types, merges = values["tokens"], list(values["types"]), values.get("merges", [])
     if not isinstance(merges, list) or not all(isinstance(merge, str) and " " in merge for merge in merges):
         raise ValueError(f"{_PREFIX}merges: expected a list of pairs with a space between")
     pre = values.get("pre", "default")
@@ -158,6 +158,9 @@ def _byte_level(values: Mapping[str, Any]) -> Tokenizer:
     if name not in _SPLITS:
         known = ", ".join([*_SPLITS, *_ALIASES])
         raise ValueError(f"{_PREFIX}pre: got {pre!r}, expected one of {known}; how it splits text is not known here")
+    for key in (*_IDS.values(), *_OTHER_ENDS):
+        if key in values:  # some files have them among the others; llama.cpp takes them for what they are
+            types[values[key]] = PieceType.CONTROL
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": id, "content": tokens[id], **flags, "special": kind == PieceType.CONTROL}
@@ -177,7 +180,6 @@ def _byte_level(values: Mapping[str, Any]) -> Tokenizer:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": _pre_tokenizer(name, add_prefix_space=values.get("add_space_prefix", False)),
-        "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": model,
     }
@@ -207,12 +209,14 @@ def _huggingface(
     values: Mapping[str, Any], content: Mapping[str, Any], special: Mapping[str, str], *, has_start: bool
 ) -> Tokenizer:
     from gptjax.data import huggingface
+    from gptjax.interop import tokenizer_json
 
+    start = values.get(_IDS["bos"]) if has_start else None
+    post_processor = None if start is None else tokenizer_json.start_template(start, values["tokens"][start])
     return huggingface.make(
         huggingface.Description(
-            tokenizer=content,
+            tokenizer={**content, "post_processor": post_processor},
             special_tokens=special,
-            has_start=has_start,
             other_eos_ids=_other_ends(values),
             chat_template=values["chat_template"],
         )
