@@ -22,7 +22,6 @@ from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.types import Params
 
-
 _BUCKET_TOKENS = 128
 
 
