@@ -22,12 +22,17 @@ CORE = [
     "zstandard>=0.23",
 ]
 
+# Tokenizers of other models, and their chat templates.
+TOKENIZERS = ["jinja2>=3.1.6", "tokenizers>=0.21"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]>=1.9"],
+    "tokenizers": TOKENIZERS,
     "test": [
+        *TOKENIZERS,
         "hypothesis>=6.100",
         "import-linter>=2.3",
         "mypy>=1.15",
