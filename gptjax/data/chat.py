@@ -15,7 +15,7 @@ from typing import Any
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 # Before it, templates could leave the sandbox (CVE-2025-27516).
 _MIN_JINJA = (3, 1, 6)
-# Models name what an assistant thought before it answered in one of these ways; templates read the first, or the second.
+# What an assistant thought before it answered; templates read the first of these names, or the second.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -54,11 +54,10 @@ def render(
 def _compile(template: str) -> Any:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise ValueError(f"chat template: {len(template):,} characters, expected at most {MAX_TEMPLATE_CHARACTERS:,}")
-    jinja2 = _jinja2()
-    import jinja2.ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    _check_jinja()
+    from jinja2 import exceptions, ext, sandbox
 
-    class Generation(jinja2.ext.Extension):
+    class Generation(ext.Extension):
         """`{% generation %} ... {% endgeneration %}` marks what is trained on; the text is what is inside."""
 
         tags = {"generation"}
@@ -67,12 +66,12 @@ def _compile(template: str) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
 
     def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
+        raise exceptions.TemplateError(message)
 
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
@@ -84,7 +83,7 @@ def _compile(template: str) -> Any:
         raise ValueError(f"chat template: not a Jinja template: {type(error).__name__}: {error}") from error
 
 
-def _jinja2() -> Any:
+def _check_jinja() -> None:
     try:
         import jinja2
     except ImportError as error:
@@ -95,7 +94,6 @@ def _jinja2() -> Any:
             f"a chat template needs jinja2 of at least {'.'.join(map(str, _MIN_JINJA))}, whose sandbox holds, got "
             f"{jinja2.__version__}; pip install -U 'gptjax[tokenizers]'"
         )
-    return jinja2
 
 
 def _to_json(

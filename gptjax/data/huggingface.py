@@ -33,9 +33,8 @@ class Description:
     """What a tokenizer of this kind is made of.
 
     Attributes:
-      tokenizer: the content of `tokenizer.json`.
+      tokenizer: the content of `tokenizer.json`; its post-processor puts the start token before a text, or none.
       special_tokens: texts by transformers' names, such as `bos_token`.
-      has_start: whether `bos_token` is put before a text; None asks the post-processor.
       other_eos_ids: that end a text besides `eos_token`.
       split_special_tokens: whether the text of a special token is taken for text.
       chat_template: in Jinja.
@@ -44,7 +43,6 @@ class Description:
 
     tokenizer: Mapping[str, Any]
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    has_start: bool | None = None
     other_eos_ids: tuple[int, ...] = ()
     split_special_tokens: bool = False
     chat_template: str | None = None
@@ -83,22 +81,29 @@ def from_description(values: Mapping[str, Any], serialized: bytes) -> Tokenizer:
     size = max(vocabulary.values()) + 1
     _check_ids(description.other_eos_ids, size)
     prefix = _prefix(backend)
-    has_start = bool(prefix) if description.has_start is None else description.has_start
-    bos_id = _start(ids, prefix) if has_start else ids.get("bos_token")
+    bos_id = ids.get("bos_token")
+    if len(prefix) > 1 or (prefix and bos_id not in (None, prefix[0])):
+        raise ValueError(
+            f"tokenizer.json: post_processor: puts the ids {prefix} before a text, expected only bos_token={bos_id}"
+        )
     return Tokenizer(
         kind="huggingface",
         pieces=pieces_lib.pieces(
-            decoding, vocabulary, added={id: token.content for id, token in added.items()}, empty=empty
+            # A token that is matched in the normalised text is a string of that, with the space it may hold.
+            decoding,
+            vocabulary,
+            added={id: backend.id_to_token(id) for id in added},
+            empty=empty,
         ),
         serialized=serialized,
         encode_fn=lambda texts, num_threads: _encode(backend, texts, num_threads),
         pad_id=ids.get("pad_token"),
-        bos_id=bos_id,
+        bos_id=prefix[0] if prefix else bos_id,
         eos_id=ids.get("eos_token"),
         unk_id=ids.get("unk_token"),
         mask_id=ids.get("mask_token"),
         has_dummy_prefix=decoding.strips_space,
-        has_start=has_start,
+        has_start=bool(prefix),
         other_eos_ids=tuple(id for id in description.other_eos_ids if id != ids.get("eos_token")),
         special_tokens=description.special_tokens,
         chat_template=description.chat_template,
@@ -119,7 +124,6 @@ def parse(values: Mapping[str, Any]) -> Description:
     expected: dict[str, type | tuple[type, ...]] = {
         "tokenizer": dict,
         "special_tokens": dict,
-        "has_start": (bool, type(None)),
         "other_eos_ids": (list, tuple),
         "split_special_tokens": bool,
         "chat_template": (str, type(None)),
@@ -183,18 +187,6 @@ def _prefix(backend: Any) -> list[int]:
         bare, whole = (backend.encode(_PROBE, add_special_tokens=special).ids for special in (False, True))
     before = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0) if bare else 0
     return whole[:before]
-
-
-def _start(ids: Mapping[str, int | None], prefix: list[int]) -> int:
-    bos_id = ids.get("bos_token")
-    if len(prefix) > 1 or (prefix and bos_id not in (None, prefix[0])):
-        raise ValueError(
-            f"tokenizer.json: post_processor: puts the ids {prefix} before a text, expected only bos_token={bos_id}"
-        )
-    start = bos_id if bos_id is not None else next(iter(prefix), None)
-    if start is None:
-        raise ValueError("tokenizer_config.json: add_bos_token: true, but bos_token names no token of the vocabulary")
-    return start
 
 
 def _encode(backend: Any, texts: Sequence[str], num_threads: int) -> list[np.ndarray]:

@@ -34,10 +34,12 @@ class Decoding:
 
     Attributes:
       to_bytes: of one string of the vocabulary.
+      added_to_bytes: of a token that is matched before the vocabulary is.
       strips_space: whether the space that a text begins with is taken off.
     """
 
     to_bytes: Callable[[str], bytes]
+    added_to_bytes: Callable[[str], bytes]
     strips_space: bool
 
 
@@ -49,8 +51,8 @@ def decoding_of(content: Mapping[str, Any]) -> Decoding:
     """
     steps = list(_steps(content.get("decoder")))
     names = [step.get("type") for step in steps]
-    if names == ["ByteLevel"]:
-        return Decoding(_byte_level(), strips_space=False)
+    if [name for name in names if name != "Fuse"] == ["ByteLevel"]:
+        return Decoding(_byte_level(), _text("", falls_back=False), strips_space=False)
     spaces, falls_back, strips = "", False, False
     for at, step in enumerate(steps):
         match step:
@@ -72,7 +74,8 @@ def decoding_of(content: Mapping[str, Any]) -> Decoding:
                 )
     if not steps:
         raise ValueError("decoder: missing; expected ByteLevel, Metaspace, ByteFallback or Fuse")
-    return Decoding(_text(spaces, falls_back), strips)
+    to_bytes = _text(spaces, falls_back=falls_back)
+    return Decoding(to_bytes, to_bytes, strips)
 
 
 def pieces(
@@ -82,14 +85,14 @@ def pieces(
 
     Args:
       vocabulary: the id of each string.
-      added: the text of tokens that are matched before the vocabulary is, and are written as they are.
+      added: the string of tokens that are matched before the vocabulary is.
       empty: ids that stand for no text.
     """
     found = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for text, id in vocabulary.items():
         found[id] = decoding.to_bytes(text)
     for id, text in added.items():
-        found[id] = text.encode(errors="replace")
+        found[id] = decoding.added_to_bytes(text)
     for id in empty:
         found[id] = b""
     return tuple(found)
@@ -123,7 +126,7 @@ def _byte_level() -> Callable[[str], bytes]:
     return to_bytes
 
 
-def _text(spaces: str, falls_back: bool) -> Callable[[str], bytes]:
+def _text(spaces: str, *, falls_back: bool) -> Callable[[str], bytes]:
     table = str.maketrans(dict.fromkeys(spaces, " "))
 
     def to_bytes(text: str) -> bytes:

@@ -93,7 +93,8 @@ def read(path: pathlib.Path) -> Folder:
         special_ids=special_ids,
         eos_ids=eos_ids,
         chat_template=_chat_template(path, config),
-        settings={name: config[name] for name in _SETTINGS if name in config},
+        # What the versions of transformers do not agree on is said.
+        settings={"clean_up_tokenization_spaces": False} | {name: config[name] for name in _SETTINGS if name in config},
     )
 
 

@@ -54,6 +54,24 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: list[Any], *, add_prefix_
     return _content(_bpe(vocabulary, merges), pre_tokenizer=level, decoder=level)
 
 
+def start_template(id: int, text: str) -> dict[str, Any]:
+    """A post-processor that puts one special token before a text."""
+
+    def part(name: str, type_id: int) -> list[dict[str, Any]]:
+        return [
+            {"SpecialToken": {"id": text, "type_id": type_id}},
+            {"Sequence": {"id": name, "type_id": type_id}},
+        ]
+
+    tokens = {text: {"id": text, "ids": [id], "tokens": [text]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": part("A", 0),
+        "pair": part("A", 0) + part("B", 1),
+        "special_tokens": tokens,
+    }
+
+
 def _content(
     model: dict[str, Any],
     *,
@@ -70,7 +88,7 @@ def _content(
         "added_tokens": added or [],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": None if start is None else _template(*start),
+        "post_processor": None if start is None else start_template(*start),
         "decoder": decoder,
         "model": model,
     }
@@ -80,24 +98,6 @@ def _bpe(vocabulary: dict[str, int], merges: list[Any], **options: Any) -> dict[
     defaults = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {"type": "BPE", **defaults, **flags, **options, "vocab": vocabulary, "merges": merges}
-
-
-def _template(id: int, text: str) -> dict[str, Any]:
-    """A post-processor that puts one token before a text."""
-
-    def part(name: str, type_id: int) -> list[dict[str, Any]]:
-        return [
-            {"SpecialToken": {"id": text, "type_id": type_id}},
-            {"Sequence": {"id": name, "type_id": type_id}},
-        ]
-
-    tokens = {text: {"id": text, "ids": [id], "tokens": [text]}}
-    return {
-        "type": "TemplateProcessing",
-        "single": part("A", 0),
-        "pair": part("A", 0) + part("B", 1),
-        "special_tokens": tokens,
-    }
 
 
 def _bytes(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, str]]:
@@ -148,9 +148,9 @@ def _sentencepiece(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _proto(serialized: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as messages  # not above: it registers its messages for good
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(serialized)
+    proto = messages.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     for wrong, name in (
         (trainer.model_type not in (_UNIGRAM, _BPE), "model_type is neither unigram nor bpe"),

@@ -36,7 +36,9 @@ def read(folder: pathlib.Path) -> Tokenizer | None:
     """The tokenizer of a folder; None if it has none.
 
     Where both are there, `tokenizer.json` is what `transformers` opens; a warning names texts of which
-    `tokenizer.model` makes other ids.
+    `tokenizer.model` makes other ids. It is run as it is written, as `PreTrainedTokenizerFast` does: for some
+    `tokenizer_class`es (LlamaTokenizer and GPT2Tokenizer among them) `AutoTokenizer` of transformers 5 takes only
+    the vocabulary from it and cuts text in a way of its own, which need not be the way that the model was trained with.
 
     Raises:
       ValueError: naming the file, and what is wrong with it or not supported.
@@ -59,17 +61,15 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     Raises:
       ValueError: for a SentencePiece model that cannot be expressed; see `tokenizer_json`.
     """
-    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     if tokenizer.kind == "huggingface":
         description = huggingface.description_of(tokenizer)
         content, names = dict(description.tokenizer), dict(description.special_tokens)
-        settings |= description.settings
+        settings: dict[str, Any] = dict(description.settings)
         settings |= {"split_special_tokens": True} if description.split_special_tokens else {}
-        settings |= {} if description.has_start is None else {"add_bos_token": description.has_start}
     else:
         content, names = tokenizer_json.of(tokenizer)
         # Ours takes their texts for text.
-        settings["split_special_tokens"] = True
+        settings = {"clean_up_tokenization_spaces": False, "split_special_tokens": True}
     if tokenizer.kind == "sentencepiece":
         tokenizer_folder.write_bytes(folder / tokenizer_lib.FILE_NAME, tokenizer.serialized)
     tokenizer_folder.write(
@@ -165,6 +165,8 @@ def _from_sentencepiece(files: Folder) -> Tokenizer:
     )
     if says_no_more:
         return found
+    if files.config.get("add_bos_token") is False:
+        content["post_processor"] = None
     return _make(dataclasses.replace(files, special_tokens={**names, **files.special_tokens}), content)
 
 
@@ -181,7 +183,11 @@ def _from_vocabulary(files: Folder) -> Tokenizer:
     add_prefix_space = files.config.get("add_prefix_space", False) is True
     content = tokenizer_json.byte_level_bpe(vocabulary, merges, add_prefix_space=add_prefix_space)
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_SPECIAL) if _GPT2_SPECIAL in vocabulary else {}
-    return _make(dataclasses.replace(files, special_tokens={**names, **files.special_tokens}), content)
+    names = {**names, **files.special_tokens}
+    start = names.get("bos_token")
+    if files.config.get("add_bos_token") is True and start in vocabulary:
+        content["post_processor"] = tokenizer_json.start_template(vocabulary[start], start)
+    return _make(dataclasses.replace(files, special_tokens=names), content)
 
 
 def _make(files: Folder, content: Mapping[str, Any]) -> Tokenizer:
@@ -194,12 +200,9 @@ def _make(files: Folder, content: Mapping[str, Any]) -> Tokenizer:
     for name, text in names.items():
         if text not in ids:
             logging.warning("%s: %s=%r is not in the vocabulary, so no id of the model's", files.path, name, text)
-    explicit = "add_bos_token" in files.config or "add_eos_token" in files.config
     description = huggingface.Description(
         tokenizer=content,
         special_tokens=names,
-        # As in transformers: one of the two decides on both, against the post-processor.
-        has_start=files.config.get("add_bos_token", False) is True and "bos_token" in names if explicit else None,
         other_eos_ids=tuple(id for id in files.eos_ids if id != ids.get(names.get("eos_token", ""))),
         split_special_tokens=files.config.get("split_special_tokens") is True,
         chat_template=files.chat_template,
