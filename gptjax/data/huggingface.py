@@ -70,16 +70,10 @@ def from_description(values: Mapping[str, Any], serialized: bytes) -> Tokenizer:
     backend = _backend(content)
     backend.encode_special_tokens = description.split_special_tokens
     ids = {name: backend.token_to_id(text) for name, text in description.special_tokens.items()}
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    if not vocabulary or max(vocabulary.values()) >= _MAX_VOCAB:
-        raise ValueError(f"tokenizer.json: {len(vocabulary)} tokens, expected 1 to {_MAX_VOCAB:,}, with ids below that")
-    added = backend.get_added_tokens_decoder()
-    empty = {id for id, token in added.items() if token.special} | {id for id in ids.values() if id is not None}
     unk = content["model"].get("unk_token")
-    if isinstance(unk, str) and unk in vocabulary:
-        empty.add(vocabulary[unk])
-    size = max(vocabulary.values()) + 1
-    _check_ids(description.other_eos_ids, size)
+    named = {*ids.values(), backend.token_to_id(unk) if isinstance(unk, str) else None}
+    pieces = _pieces(backend, decoding, empty={id for id in named if id is not None})
+    _check_ids(description.other_eos_ids, len(pieces))
     prefix = _prefix(backend)
     bos_id = ids.get("bos_token")
     if len(prefix) > 1 or (prefix and bos_id not in (None, prefix[0])):
@@ -88,13 +82,7 @@ def from_description(values: Mapping[str, Any], serialized: bytes) -> Tokenizer:
         )
     return Tokenizer(
         kind="huggingface",
-        pieces=pieces_lib.pieces(
-            # A token that is matched in the normalised text is a string of that, with the space it may hold.
-            decoding,
-            vocabulary,
-            added={id: backend.id_to_token(id) for id in added},
-            empty=empty,
-        ),
+        pieces=pieces,
         serialized=serialized,
         encode_fn=lambda texts, num_threads: _encode(backend, texts, num_threads),
         pad_id=ids.get("pad_token"),
@@ -179,6 +167,18 @@ def _backend(content: Mapping[str, Any]) -> Any:
         backend.no_truncation()
         backend.no_padding()
     return backend
+
+
+def _pieces(backend: Any, decoding: pieces_lib.Decoding, *, empty: set[int]) -> tuple[bytes, ...]:
+    """The bytes of each id; none of special tokens and of those in `empty`."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if not vocabulary or max(vocabulary.values()) >= _MAX_VOCAB:
+        raise ValueError(f"tokenizer.json: {len(vocabulary)} tokens, expected 1 to {_MAX_VOCAB:,}, with ids below that")
+    added = backend.get_added_tokens_decoder()
+    special = {id for id, token in added.items() if token.special}
+    # A token that is matched in normalised text is a string of that here, with the space that it may begin with.
+    strings = {id: backend.id_to_token(id) for id in added}
+    return pieces_lib.pieces(decoding, vocabulary, added=strings, empty=special | empty)
 
 
 def _prefix(backend: Any) -> list[int]:

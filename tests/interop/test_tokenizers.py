@@ -101,18 +101,23 @@ def test_every_line_has_the_ids_of_transformers_and_is_read_back(folder, every_l
     assert ours.kind == "huggingface" and ours.vocab_size == len(peer)
     assert peer.encode(STRINGS[5]) == ours.encode_prompt(STRINGS[5])
     assert not different(ours, peer, every_line)
-    for text, ids in zip(every_line, ours.encode_batch(every_line), strict=True):
+    some = every_line[::20]
+    for text, ids in zip(some, ours.encode_batch(some), strict=True):
         assert ours.decode(ids.tolist()) == text or "<|" in text
 
 
-def test_every_line_of_mistral_has_the_ids_of_sentencepiece(folder, every_line):
+def test_every_line_of_mistral_has_the_ids_of_sentencepiece_and_exported_of_transformers(folder, every_line, tmp_path):
     path = folder(MISTRAL)
     ours = tokenizers.read(path)
     assert ours.kind == "sentencepiece" and ours.fingerprint == tokenizer_lib.load(path).fingerprint
     peer = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
     lines = [line for line in every_line if "\u2581" not in line]
-    for text, a, b in zip(lines, ours.encode_batch(lines), peer.encode(lines, num_threads=2), strict=True):
+    found = ours.encode_batch(lines)
+    for text, a, b in zip(lines, found, peer.encode(lines, num_threads=2), strict=True):
         assert a.tolist() == b and ours.decode(b) == text
+    tokenizers.write(ours, tmp_path)
+    exported = ids_of(auto(tmp_path), lines)
+    assert all(a.tolist() == b for a, b in zip(found, exported, strict=True))
 
 
 def test_stories_take_tokenizer_json_and_say_that_the_model_file_differs(folder, every_line, caplog):
@@ -142,11 +147,11 @@ def own(name, trained, shared_data):
     return tokenizer_lib.load(shared_data / files["tokenizer.model"])
 
 
-@pytest.mark.parametrize("name", ["ours", "mistral", "stories"])
-def test_every_line_of_an_exported_sentencepiece_model(name, trained, shared_data, every_line, tmp_path):
+@pytest.mark.parametrize("name", ["ours", "stories"])
+def test_lines_of_an_exported_sentencepiece_model(name, trained, shared_data, every_line, tmp_path):
     ours = own(name, trained, shared_data)
     tokenizers.write(ours, tmp_path)
-    assert not different(ours, auto(tmp_path), every_line)
+    assert not different(ours, auto(tmp_path), [*TEXTS, *every_line[:: 1 if name == "stories" else 10]])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "qwen3", "gemma3_text", "deepseek_v3", "gpt_oss"])
