@@ -44,7 +44,7 @@ def open_source(folder: pathlib.Path) -> Source:
     tensors = SafetensorsFolder(folder)
     family = FAMILIES[name]
     model = read_config(family, values, path=str(path))
-    files = (path, *sorted({stored.file for stored in tensors.values()}))
+    files = (path, *sorted({stored.file for stored in tensors.values()}), *tokenizers.files_of(folder))
     return Source(
         path=folder,
         format="hf",

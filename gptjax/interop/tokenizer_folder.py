@@ -23,6 +23,15 @@ TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_FILE = "special_tokens_map.json"
 _MODEL_FILES = ("generation_config.json", "config.json")
 _VOCABULARY_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+FILES = (
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    _SPECIAL_FILE,
+    _MODEL_FILES[0],
+    tokenizer_lib.FILE_NAME,
+    *(name for names in _VOCABULARY_FILES for name in names),
+)
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
 # What a folder of ours repeats; the rest concerns classes and paths of whoever wrote it, or is said by tokenizer.json.

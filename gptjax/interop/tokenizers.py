@@ -58,8 +58,7 @@ def read(folder: pathlib.Path) -> Tokenizer | None:
 def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     """Writes what `AutoTokenizer.from_pretrained` loads, with the same ids, and special ids into the model's configs.
 
-    Raises:
-      ValueError: for a SentencePiece model that cannot be expressed; see `tokenizer_json`.
+    A SentencePiece model that no `tokenizer.json` expresses is written as it is, and a warning says so.
     """
     if tokenizer.kind == "huggingface":
         description = huggingface.description_of(tokenizer)
@@ -67,11 +66,16 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         settings: dict[str, Any] = dict(description.settings)
         settings |= {"split_special_tokens": True} if description.split_special_tokens else {}
     else:
-        content, names = tokenizer_json.of(tokenizer)
+        if tokenizer.kind == "sentencepiece":
+            tokenizer_folder.write_bytes(folder / tokenizer_lib.FILE_NAME, tokenizer.serialized)
+        try:
+            content, names = tokenizer_json.of(tokenizer)
+        except ValueError as error:
+            logging.warning("%s: only tokenizer.model is written: %s; ids may differ in transformers", folder, error)
+            tokenizer_folder.write_ids(folder, special_ids(tokenizer))
+            return
         # Ours takes their texts for text.
         settings = {"clean_up_tokenization_spaces": False, "split_special_tokens": True}
-    if tokenizer.kind == "sentencepiece":
-        tokenizer_folder.write_bytes(folder / tokenizer_lib.FILE_NAME, tokenizer.serialized)
     tokenizer_folder.write(
         folder,
         content,
@@ -79,6 +83,11 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         chat_template=tokenizer.chat_template,
     )
     tokenizer_folder.write_ids(folder, special_ids(tokenizer))
+
+
+def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Those that `read` opens, of the tokenizer's own; in order of names."""
+    return sorted(path for name in tokenizer_folder.FILES if (path := folder / name).is_file())
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
@@ -97,7 +106,7 @@ def _from_json(files: Folder) -> Tokenizer:
     known = _written_by_us(files)
     if known is not None:
         return known
-    original = files.sentencepiece and tokenizer_lib.from_bytes(files.sentencepiece)
+    original = _original(files)
     try:
         found = _make(files, files.tokenizer)
     except ImportError as error:
@@ -108,6 +117,15 @@ def _from_json(files: Folder) -> Tokenizer:
     if original:
         _compare(files, found, original)
     return found
+
+
+def _original(files: Folder) -> Tokenizer | None:
+    """Of `tokenizer.model` beside a tokenizer.json; some hold that of another library."""
+    try:
+        return None if files.sentencepiece is None else tokenizer_lib.from_bytes(files.sentencepiece)
+    except ValueError as error:
+        logging.warning("%s: tokenizer.model is passed over, tokenizer.json is taken: %s", files.path, error)
+        return None
 
 
 def _compare(files: Folder, found: Tokenizer, original: Tokenizer) -> None:
@@ -133,7 +151,10 @@ def _written_by_us(files: Folder) -> Tokenizer | None:
     candidate = _candidate(files)
     if candidate is None:
         return None
-    content, names = tokenizer_json.of(candidate)
+    try:
+        content, names = tokenizer_json.of(candidate)
+    except ValueError:
+        return None
     own_eos = [] if candidate.eos_id is None else [candidate.eos_id]
     same = content == files.tokenizer and names == files.special_tokens and files.eos_ids in ([], own_eos)
     return candidate if same else None
@@ -141,7 +162,7 @@ def _written_by_us(files: Folder) -> Tokenizer | None:
 
 def _candidate(files: Folder) -> Tokenizer | None:
     if files.sentencepiece is not None:
-        return tokenizer_lib.from_bytes(files.sentencepiece)
+        return _original(files)
     model = (files.tokenizer or {}).get("model")
     if not isinstance(model, dict) or model.get("merges") != [] or not isinstance(model.get("vocab"), dict):
         return None
@@ -155,7 +176,11 @@ def _from_sentencepiece(files: Folder) -> Tokenizer:
     found = tokenizer_lib.from_bytes(files.sentencepiece)
     if found.kind != "sentencepiece":
         return found
-    content, names = tokenizer_json.of(found)
+    try:
+        content, names = tokenizer_json.of(found)
+    except ValueError as error:
+        logging.warning("%s: what files beside tokenizer.model say is passed over: %s", files.path, error)
+        return found
     own_eos = [] if found.eos_id is None else [found.eos_id]
     says_no_more = (
         files.chat_template is None

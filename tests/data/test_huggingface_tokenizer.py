@@ -7,6 +7,7 @@ import pytest
 
 from gptjax.data import chat, huggingface, pieces, tokenizer
 from gptjax.data.huggingface import Description
+from gptjax.model import Model
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -117,6 +118,12 @@ def test_special_tokens(content):
     # Their text is text, if the folder says so.
     text = described(content, split_special_tokens=True)
     assert text.eos_id not in text.encode("a<|end|>b")
+
+
+def test_a_model_stops_at_each_end_token():
+    ours = described(byte_level(), other_eos_ids=(7, 9))
+    assert Model(None, {}, ours).options().eos_ids == (ours.eos_id, 7, 9)
+    assert Model(None, {}, tokenizer.characters("ab")).options().eos_ids == ()
 
 
 def test_no_start_token_unless_the_post_processor_puts_one():

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import pathlib
+import sys
 import zipfile
 
 import pytest
@@ -287,6 +288,38 @@ def test_foreign_sentencepiece_models_with_normalisation(model_type, shared_data
     texts = [*text, "ﬁ ① ｆｕｌｌ", "a<turn>ROMEO b", "  two  spaces  ", "天 unknown 天天", "a\u2581b"]
     assert not different(ours, auto(tmp_path), texts)
     assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
+
+
+def test_a_sentencepiece_model_that_cannot_be_expressed_is_written_as_it_is(trained, tmp_path, caplog):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(trained.serialized)
+    proto.pieces[-1].type = proto.pieces[-1].UNUSED
+    ours = tokenizer_lib.from_bytes(proto.SerializeToString())
+    with caplog.at_level(logging.WARNING):
+        tokenizers.write(ours, tmp_path)
+    assert "only tokenizer.model is written: SentencePiece model: it has unused pieces" in caplog.text
+    assert sorted(path.name for path in tokenizers.files_of(tmp_path)) == ["generation_config.json", "tokenizer.model"]
+    assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
+
+
+def test_a_model_file_of_another_library_is_passed_over(folder, caplog):
+    path = folder(MINIMIND)
+    (path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    with caplog.at_level(logging.WARNING):
+        assert tokenizers.read(path).kind == "huggingface"
+    assert "tokenizer.model is passed over" in caplog.text
+
+
+def test_without_the_package_the_model_file_is_taken_with_a_warning(folder, caplog, monkeypatch):
+    path = folder(STORIES)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with caplog.at_level(logging.WARNING):
+        assert tokenizers.read(path).kind == "sentencepiece"
+    assert "tokenizer.model is taken instead of tokenizer.json" in caplog.text
+    (path / "tokenizer.model").unlink()
+    with pytest.raises(ImportError, match=r"pip install 'gptjax\[tokenizers\]'"):
+        tokenizers.read(path)
 
 
 def test_no_tokenizer_is_none(tmp_path):
