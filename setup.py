@@ -22,16 +22,20 @@ CORE = [
     "zstandard>=0.23",
 ]
 
+# Tokenizers of other models, and their chat templates.
+TOKENIZERS = ["jinja2>=3.1.6", "tokenizers>=0.21"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]>=1.9"],
     "gguf": ["gguf>=0.17"],
-    "tokenizers": ["tokenizers>=0.21"],
+    "tokenizers": TOKENIZERS,
     # Whose implementations conversions are compared with.
     "referees": ["torch==2.13.0", "transformers>=5.0", "xllamacpp"],
     "test": [
+        *TOKENIZERS,
         "hypothesis>=6.100",
         "import-linter>=2.3",
         "mypy>=1.15",
