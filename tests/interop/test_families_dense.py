@@ -254,6 +254,7 @@ REFUSED_KEYS = {
     "layer types": ("gemma3_text", dict(layer_types=["full_attention"]), "layer_types: got 1, expected 12 of"),
     "unasked window": ("qwen3", dict(layer_types=["sliding_attention"] * 12), "without use_sliding_window"),
     "gemma both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention: got True"),
+    "gemma activation": ("gemma3_text", dict(hidden_activation="gelu"), "hidden_activation: got 'gelu', expected"),
     "gemma scores": ("gemma3_text", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping: got 50.0"),
     "gemma ropes": ("gemma3_text", dict(rope_parameters=dict(rope_theta=1e4)), "rope_theta: 10000.0 is not known"),
     "gpt2 scale": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: got True"),
