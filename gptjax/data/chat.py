@@ -1,7 +1,7 @@
 """Chat templates: a conversation as the text that a model was trained to continue, by the template that came with it.
 
 Templates are Jinja programs that come with a model, so they run in Jinja's immutable sandbox and see plain
-JSON values only. They see what `transformers` shows them: https://huggingface.co/docs/transformers/chat_templating
+JSON values only; one with loops in loops can still take long. They see what `transformers` shows them: https://huggingface.co/docs/transformers/chat_templating
 """
 
 from __future__ import annotations

@@ -124,8 +124,8 @@ def parse(values: Mapping[str, Any]) -> Description:
         if not isinstance(found[name], kind):
             raise ValueError(f"not a {KIND} tokenizer: {name}: got {type(found[name]).__name__}, expected {kind}")
     for name, text in found["special_tokens"].items():
-        if not isinstance(text, str):
-            raise ValueError(f"not a {KIND} tokenizer: {name}: got {type(text).__name__}, expected a string")
+        if not isinstance(text, str) or not name.endswith("_token"):
+            raise ValueError(f"not a {KIND} tokenizer: special_tokens: {name}: expected x_token with a string")
     return Description(**{**found, "other_eos_ids": tuple(found["other_eos_ids"])})
 
 

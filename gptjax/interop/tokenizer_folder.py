@@ -34,8 +34,9 @@ FILES = (
 )
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_NAMES = ("additional_special_tokens", "extra_special_tokens")
-# What a folder of ours repeats; the rest concerns classes and paths of whoever wrote it, or is said by tokenizer.json.
-_SETTINGS = (
+# What a folder of ours repeats of tokenizer_config.json. The rest concerns classes and paths of whoever wrote it, or is
+# said by tokenizer.json.
+SETTINGS = (
     "add_eos_token",
     "clean_up_tokenization_spaces",
     "model_input_names",
@@ -103,7 +104,7 @@ def read(path: pathlib.Path) -> Folder:
         eos_ids=eos_ids,
         chat_template=_chat_template(path, config),
         # What the versions of transformers do not agree on is said.
-        settings={"clean_up_tokenization_spaces": False} | {name: config[name] for name in _SETTINGS if name in config},
+        settings={"clean_up_tokenization_spaces": False} | {name: config[name] for name in SETTINGS if name in config},
     )
 
 
@@ -193,9 +194,9 @@ def _ids(value: Any, where: str) -> list[int]:
 
 
 def _chat_template(path: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-    file = _bytes(path / TEMPLATE_FILE, _MAX_CONFIG_BYTES)
+    file = _text(path / TEMPLATE_FILE, _MAX_CONFIG_BYTES)
     if file is not None:
-        return file.decode()
+        return file
     value = config.get("chat_template")
     if not isinstance(value, list):
         return value if isinstance(value, str) else None
@@ -209,12 +210,12 @@ def _chat_template(path: pathlib.Path, config: Mapping[str, Any]) -> str | None:
 def _vocabulary(path: pathlib.Path) -> tuple[dict[str, int], list[str]] | None:
     for vocabulary_name, merges_name in _VOCABULARY_FILES:
         vocabulary = _json(path / vocabulary_name, max_bytes=_MAX_BYTES)
-        merges = _bytes(path / merges_name, _MAX_BYTES)
+        merges = _text(path / merges_name, _MAX_BYTES)
         if vocabulary is None or merges is None:
             continue
         if not all(isinstance(id, int) and id >= 0 for id in vocabulary.values()):
             raise ValueError(f"{path / vocabulary_name}: expected an id for each piece")
-        lines = merges.decode().split("\n")
+        lines = merges.split("\n")
         return vocabulary, [line for at, line in enumerate(lines) if line and not (at == 0 and line.startswith("#"))]
     return None
 
@@ -230,6 +231,14 @@ def _json(path: pathlib.Path, *, max_bytes: int = _MAX_CONFIG_BYTES) -> dict[str
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def _text(path: pathlib.Path, max_bytes: int) -> str | None:
+    content = _bytes(path, max_bytes)
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error})") from error
 
 
 def _bytes(path: pathlib.Path, max_bytes: int) -> bytes | None:

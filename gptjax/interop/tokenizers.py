@@ -63,7 +63,8 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     if tokenizer.kind == "huggingface":
         description = huggingface.description_of(tokenizer)
         content, names = dict(description.tokenizer), dict(description.special_tokens)
-        settings: dict[str, Any] = dict(description.settings)
+        known = tokenizer_folder.SETTINGS
+        settings: dict[str, Any] = {name: each for name, each in description.settings.items() if name in known}
         settings |= {"split_special_tokens": True} if description.split_special_tokens else {}
     else:
         if tokenizer.kind == "sentencepiece":

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import sentencepiece
 
+from gptjax.data import huggingface
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import tokenizer_folder, tokenizer_json, tokenizers
 from gptjax.interop.certificate import STRINGS
@@ -322,6 +323,17 @@ def test_without_the_package_the_model_file_is_taken_with_a_warning(folder, capl
         tokenizers.read(path)
 
 
+def test_what_an_asset_says_beside_its_tokenizer_is_not_all_written(trained, tmp_path):
+    content, _ = tokenizer_json.of(trained)
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "model_max_length": 7}
+    description = huggingface.Description(tokenizer=content, settings=settings)
+    tokenizers.write(huggingface.make(description), tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 7}
+    with pytest.raises(ValueError, match="special_tokens: auto_map: expected x_token"):
+        huggingface.make(huggingface.Description(tokenizer=content, special_tokens={"auto_map": "x"}))
+
+
 def test_no_tokenizer_is_none(tmp_path):
     assert tokenizers.read(tmp_path) is None
 
@@ -343,13 +355,15 @@ def test_no_tokenizer_is_none(tmp_path):
         ("vocab.json", '{"a": "b"}', "vocab.json: expected an id for each piece"),
         ("vocab.json", '{"a": 4194304}', "expected 1 to 4,194,304, with ids below that"),
         ("merges.txt", "a b c", "the tokenizers package cannot run it"),
+        ("merges.txt", "\udcff", "merges.txt: is not UTF-8"),
+        ("chat_template.jinja", "\udcff", "chat_template.jinja: is not UTF-8"),
     ],
 )
 def test_hostile_folders_are_refused(tmp_path, name, content, message):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     assert tokenizers.read(tmp_path).encode("ab") == [0, 1]
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         tokenizers.read(tmp_path)
 
@@ -364,4 +378,4 @@ def test_files_too_large_are_not_read(tmp_path):
 def test_only_what_can_be_expressed_is_exported(trained):
     with pytest.raises(ValueError, match="it is a tokenizer.json already"):
         content, names = tokenizer_json.of(trained)
-        tokenizer_json.of(tokenizers.huggingface.make(tokenizers.huggingface.Description(tokenizer=content)))
+        tokenizer_json.of(huggingface.make(huggingface.Description(tokenizer=content)))
