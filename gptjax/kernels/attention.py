@@ -22,6 +22,8 @@ from gptjax.types import Array
 # the work of one. Chunks below this length cost more in overhead than they save.
 _MAX_CHUNKS = 8
 _MIN_CHUNK = 128
+# In `reference`, as in `attend`: hidden scores, a maximum below that of any model's scores, and no division by zero.
+_NEVER, _LOWEST_PEAK, _SMALLEST_TOTAL = float(jnp.finfo(jnp.float32).min), -1e30, 1e-30
 
 
 def attention(
@@ -78,9 +80,11 @@ def attention(
     request = attention_fused.Request(
         in_order=in_order, causal=causal, window=window, scale=scale, softcap=softcap, sinks_N=sinks_N
     )
+    everything = slice(None)
+    if platform() == "plain":
+        return reference(request, q_BTNH, k_BSKH, v_BSKH, mask(everything, everything))
     fused = attention_fused.pick(platform(), request, q_BTNH, k_BSKH, v_BSKH)
     if fused is not None:
-        everything = slice(None)
         return fused(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, lambda: mask(everything, everything))
     return _plain(request, q_BTNH, k_BSKH, v_BSKH, mask)
 
@@ -105,6 +109,28 @@ def allowed(
         kv_seg = kv_segments_BS[:, None, :]
         mask_BTS &= (q_segments_BT[:, :, None] == kv_seg) & (kv_seg > 0)
     return mask_BTS
+
+
+def reference(
+    request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array
+) -> Array:
+    """The formula alone, in operations that every other format has."""
+    q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * request.scale
+    if request.softcap is not None:
+        scores = request.softcap * jnp.tanh(scores / request.softcap)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _NEVER)
+    peak = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST_PEAK)
+    if request.sinks_N is not None:
+        sinks = request.sinks_N.astype(jnp.float32).reshape(k_BSKH.shape[2], -1)[:, :, None, None]
+        peak = jnp.maximum(peak, sinks)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    if request.sinks_N is not None:
+        total = total + jnp.exp(sinks - peak)
+    weights = (weights / jnp.maximum(total, _SMALLEST_TOTAL)).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return o_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[3]).astype(q_BTNH.dtype)
 
 
 def _plain(
