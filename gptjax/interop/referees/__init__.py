@@ -1,0 +1,1 @@
+"""Implementations of other frameworks, each in a file of its own, as judges of what was exported."""
