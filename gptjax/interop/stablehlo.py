@@ -86,7 +86,7 @@ def lower(portable: Portable, *, length: str) -> export.Exported:
     weights = [jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in portable.weights.values()]
     # Unused arguments are kept: a reader of the StableHLO counts them as the manifest does.
     program = export.export(jax.jit(portable.step, keep_unused=True), platforms=PLATFORMS)
-    with _without_source_paths():
+    with without_source_paths():
         return program(tokens(num_tokens), tokens(num_tokens), tokens(num_wanted), cache, weights)
 
 
@@ -147,7 +147,7 @@ def _describe_program(exported: export.Exported, length: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _without_source_paths() -> Iterator[None]:
+def without_source_paths() -> Iterator[None]:
     """Programs would else name the files of this machine, and differ from one machine to the next."""
     settings = {
         "jax_include_full_tracebacks_in_locations": False,

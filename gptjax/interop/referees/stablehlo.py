@@ -2,124 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import pathlib
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
+from gptjax.interop.referees.process import BareProcess
 
-# What the process needs; the folders that they lie in are all that it sees besides the standard library.
 _PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
-
-# Runs there. A module that is None in `sys.modules` cannot be imported, wherever it may be installed.
-_SERVER = """
-import importlib.util, json, sys
-sys.modules["gptjax"] = None
-sys.path.extend(json.loads(sys.argv[2]))
+_SETUP = """
+import importlib.util, pathlib
 spec = importlib.util.spec_from_file_location("run", sys.argv[1] + "/run.py")
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
-import jax, numpy, pathlib
+import jax, numpy
 model = run.Model(pathlib.Path(sys.argv[1]))
-out = sys.stdout
-sys.stdout = sys.stderr
-def answer(value):
-    ours = [name for name, module in sys.modules.items() if name.split(".")[0] == "gptjax" and module is not None]
-    print(json.dumps({"answer": value, "ours": ours}), file=out, flush=True)
-answer({"jax": jax.__version__, "numpy": numpy.__version__, "platform": jax.default_backend()})
-for line in sys.stdin:
-    request = json.loads(line)
-    if request["call"] == "logits":
-        numpy.save(request["file"], model.logits(request["tokens"]))
-        answer(None)
-    else:
-        answer(model.generate(request["tokens"], request["num"]))
+answer(f"bare process: jax {jax.__version__}, numpy {numpy.__version__} on {jax.default_backend()}")
 """
 
 
-class StableHloRunner:
-    """The exported programs. It is a context manager: the process ends with it.
-
-    Raises:
-      RuntimeError: with what the process printed, if it ended.
-    """
+class StableHloRunner(BareProcess):
+    """The exported programs; see `BareProcess`."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self._files = tempfile.TemporaryDirectory()
-        self._errors = (pathlib.Path(self._files.name) / "stderr").open("w+")
-        arguments = [str(folder.resolve()), json.dumps(_package_folders())]
-        # -I: neither the environment's paths nor the working directory; -S: no .pth files, so no editable installs.
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _SERVER, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            cwd=self._files.name,
-            text=True,
-        )
-        versions = self._answer()
-        self.name = f"bare process: jax {versions['jax']}, numpy {versions['numpy']} on {versions['platform']}"
-
-    def __enter__(self) -> StableHloRunner:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
-        self._files.cleanup()
-
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        file = pathlib.Path(self._files.name) / "logits.npy"
-        self._ask(call="logits", tokens=list(tokens), file=str(file))
-        return np.load(file, allow_pickle=False)
-
-    def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
-        return self._ask(call="generate", tokens=list(tokens), num=num_tokens)
-
-    def encode(self, text: str) -> None:
-        """Programs have no tokenizer; its file lies beside them."""
-
-    def hidden(self, tokens: Sequence[int]) -> None:
-        """Programs give logits alone."""
-
-    def _ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # `_answer` says why
-            pass
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise RuntimeError(f"the process that runs the exported programs ended:\n{self._errors.read()[-2000:]}")
-        answer = json.loads(line)
-        if answer["ours"]:
-            raise RuntimeError(f"the process that must do without gptjax has loaded {answer['ours']}")
-        return answer["answer"]
-
-
-def _package_folders() -> list[str]:
-    folders: dict[str, None] = {}
-    for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ImportError(f"the exported programs need the package {package}: pip install gptjax[stablehlo]")
-        folders[str(pathlib.Path(spec.origin).parent.parent)] = None
-    return list(folders)
+        super().__init__(folder, setup=_SETUP, packages=_PACKAGES)
