@@ -1,5 +1,7 @@
 """Installs gptjax; `pip install -e .[test]` for development, `.[tpu]` or `.[gpu]`, and `.[gcs]` for gs:// paths.
 
+`.[stablehlo]`, `.[saved_model]` and `.[onnx]` are for exporting to these.
+
 Lower bounds are the oldest versions that the test suite has passed with; nothing is pinned from above.
 """
 
@@ -27,6 +29,10 @@ EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]>=1.9"],
+    "stablehlo": ["flatbuffers>=24.3"],
+    "saved_model": ["tensorflow>=2.21"],
+    # And then `pip install --no-deps jax2onnx`: it asks for orbax-checkpoint<0.11.37, of which it uses nothing here.
+    "onnx": ["equinox>=0.13.1", "onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "test": [
         "hypothesis>=6.100",
         "import-linter>=2.3",

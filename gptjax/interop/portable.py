@@ -139,7 +139,9 @@ def _weights(model: ModelConfig) -> dict[str, Weight]:
     sources: dict[str, tuple[str, tuple[int, ...]]] = {}
     for i, group in enumerate(model.groups):
         num = len(layers_apart(dataclasses.replace(model, groups=(group,))).groups)
-        sources |= {f"group_{len(sources) + layer}": (f"group_{i}", (layer,) if num > 1 else ()) for layer in range(num)}
+        sources |= {
+            f"group_{len(sources) + layer}": (f"group_{i}", (layer,) if num > 1 else ()) for layer in range(num)
+        }
     laid_out = jax.eval_shape(lambda params: for_decoding(model, params)[1], transformer.abstract_params(model))
     found = {}
     for name, leaf in arrays.flatten(laid_out).items():

@@ -107,9 +107,7 @@ def write_weights(
     sizes = {name: (weight.shape, weight.dtype) for name, weight in portable.weights.items()}
     job = {"dtype": portable.model.dtype, "shard": max_shard_bytes, "checkpoint": reader.checksums}
     journal = stream.Journal(folder / JOURNAL, job=job)
-    writer = safetensors.SafetensorsWriter(
-        folder, safetensors.plan_shards(sizes, max_shard_bytes=max_shard_bytes)
-    )
+    writer = safetensors.SafetensorsWriter(folder, safetensors.plan_shards(sizes, max_shard_bytes=max_shard_bytes))
 
     def convert(task: stream.Tensor) -> int:
         value, total = reader.read(task.name)

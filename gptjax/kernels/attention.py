@@ -111,9 +111,7 @@ def allowed(
     return mask_BTS
 
 
-def reference(
-    request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array
-) -> Array:
+def reference(request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
     """The formula alone, in operations that every other format has."""
     q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * request.scale

@@ -64,7 +64,9 @@ def require(*packages: str) -> None:
             pytest.skip(f"{package} is not installed")
 
 
-def check_logits_and_greedy(checkpoint: pathlib.Path, runner: object, *, lengths: tuple[int, ...] = (1, 5, 40)) -> float:
+def check_logits_and_greedy(
+    checkpoint: pathlib.Path, runner: object, *, lengths: tuple[int, ...] = (1, 5, 40)
+) -> float:
     """Logits of several lengths, and a cached continuation past the window; the largest difference of logits."""
     ours = GptjaxRunner.load(checkpoint)
     random, worst = np.random.default_rng(0), 0.0

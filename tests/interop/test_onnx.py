@@ -25,7 +25,9 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
     with OnnxRunner(tmp_path / "out") as runner:
         assert runner.name.startswith("onnxruntime")
         print(f"{name}: {check_logits_and_greedy(checkpoint, runner):.2g}")
-    operations = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node}
+    operations = {
+        node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
+    }
     assert ("Loop" in operations) == ("experts" in name), "dense models have no control flow"
 
 

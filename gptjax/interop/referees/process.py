@@ -53,9 +53,10 @@ class BareProcess:
         self._files = tempfile.TemporaryDirectory()
         self._errors = (pathlib.Path(self._files.name) / "stderr").open("w+")
         arguments = [str(folder.resolve()), json.dumps(_folders(packages))]
-        # -I: neither the environment's paths nor the working directory; -S: no .pth files, so no editable installs.
+        # -I: neither the environment's paths nor the working directory; -S: no .pth files, so no editable installs;
+        # -B: nothing is written beside what was exported.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _SERVER + setup + _LOOP, *arguments],
+            [sys.executable, "-I", "-S", "-B", "-c", _SERVER + setup + _LOOP, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
