@@ -130,7 +130,7 @@ def plan(
         dtype = bfloat16 if kernels == {bfloat16} else np.dtype(np.float32)
     if dtype not in (bfloat16, np.float32):
         raise ValueError(f"dtype={dtype}: programs compute in float32 or bfloat16; choose one of them")
-    model = dataclasses.replace(meta.model, dtype=dtype.name, remat="none")
+    model = dataclasses.replace(meta.model, dtype=dtype.name, remat="none")  # type: ignore[arg-type]
     return Portable(form, layers_apart(model), _weights(model), _cache(model, form, dtype)), meta
 
 

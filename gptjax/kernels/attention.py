@@ -80,11 +80,9 @@ def attention(
     request = attention_fused.Request(
         in_order=in_order, causal=causal, window=window, scale=scale, softcap=softcap, sinks_N=sinks_N
     )
-    everything = slice(None)
-    if platform() == "plain":
-        return reference(request, q_BTNH, k_BSKH, v_BSKH, mask(everything, everything))
     fused = attention_fused.pick(platform(), request, q_BTNH, k_BSKH, v_BSKH)
     if fused is not None:
+        everything = slice(None)
         return fused(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, lambda: mask(everything, everything))
     return _plain(request, q_BTNH, k_BSKH, v_BSKH, mask)
 
@@ -134,6 +132,8 @@ def reference(request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_
 def _plain(
     request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Callable[[slice, slice], Array]
 ) -> Array:
+    if platform() == "plain":
+        return reference(request, q_BTNH, k_BSKH, v_BSKH, mask(slice(None), slice(None)))
     # Heads first, once: every chunk then reads its keys and values as they lie.
     q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)
