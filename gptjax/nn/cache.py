@@ -83,8 +83,8 @@ def append(
         slot_BT = jnp.where(kept, positions_BT, slots)
     if platform() == "plain":
         hit_BST = slot_BT[:, None] == jnp.arange(slots, dtype=jnp.int32)[:, None]
-        updated = {name: _selected(cache[name], value, hit_BST) for name, value in new.items()}
-        return updated, {name: _slots_first(value) for name, value in updated.items()}
+        view = {name: _selected(cache[name], value, hit_BST) for name, value in new.items()}
+        return {name: _slots_first(value) for name, value in view.items()}, view
     row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     updated = {}
     for name, value in new.items():
@@ -104,14 +104,14 @@ def append(
 
 
 def _selected(cached: Array, value: Array, hit_BST: Array) -> Array:
-    """`cached` with the new `value` of the token that hits a slot: a write in operations that every format has."""
+    """`cached`, slots first, with the `value` of the token that hits a slot: a write that every format has."""
     if value.ndim == 2:
         new, kept = jnp.where(hit_BST, value[:, None], -1).max(axis=2), cached
     else:
         new = jnp.einsum("BST,BT...->BS...", hit_BST.astype(cached.dtype), value.astype(cached.dtype))
         kept = _slots_first(cached)
     written = hit_BST.any(axis=2).reshape(*hit_BST.shape[:2], *(1,) * (new.ndim - 2))
-    return _slots_first(jnp.where(written, new, kept))
+    return jnp.where(written, new, kept)
 
 
 def _slots_first(cached: Array) -> Array:
