@@ -32,7 +32,7 @@ EXTRAS = {
     "stablehlo": ["flatbuffers>=24.3"],
     "saved_model": ["tensorflow>=2.21"],
     # And then `pip install --no-deps jax2onnx`: it asks for orbax-checkpoint<0.11.37, of which it uses nothing here.
-    "onnx": ["equinox>=0.13.1", "onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
+    "onnx": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "test": [
         "hypothesis>=6.100",
         "import-linter>=2.3",

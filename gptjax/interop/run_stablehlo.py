@@ -44,12 +44,14 @@ class Model:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Float32 `[T, V]`: of the token after each prefix."""
+        self._check(tokens, 0)
         padded = _rounded(len(tokens))
         logits, _ = self._read(tokens, np.arange(padded), self.empty_cache(1, padded))
         return np.asarray(logits[0, : len(tokens)])
 
     def generate(self, tokens: Sequence[int], num: int) -> list[int]:
         """The `num` most likely next tokens, one after the other."""
+        self._check(tokens, num)
         cache = self.empty_cache(1, _rounded(len(tokens) + num))
         logits, cache = self._read(tokens, np.array([len(tokens) - 1]), cache)
         found = [int(logits[0, 0].argmax())]
@@ -59,9 +61,14 @@ class Model:
             found.append(int(logits[0, 0].argmax()))
         return found
 
+    def _check(self, tokens: Sequence[int], num: int) -> None:
+        size, context = self.manifest["vocab_size"], self.manifest["context"]
+        if not tokens or not 0 <= min(tokens) <= max(tokens) < size:
+            raise ValueError(f"tokens: expected one or more ids from 0 to {size - 1}, got {list(tokens)}")
+        if self.manifest["positions"] == "learned" and len(tokens) + num > context:
+            raise ValueError(f"{len(tokens)} + {num} tokens: the model has learned {context} positions; give fewer")
+
     def _read(self, tokens: Sequence[int], wanted: np.ndarray, cache: list[jax.Array]) -> tuple[Any, Any]:
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < self.manifest["vocab_size"]:
-            raise ValueError(f"tokens: expected one or more ids below {self.manifest['vocab_size']}, got {tokens}")
         padding = _rounded(len(tokens)) - len(tokens)
         ids = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, padding)))
         positions = np.pad(np.arange(len(tokens), dtype=np.int32)[None], ((0, 0), (0, padding)), constant_values=-1)

@@ -14,8 +14,9 @@ from jax import export
 
 from gptjax.interop import stablehlo
 from gptjax.interop.checkpoint import JOURNAL
+from gptjax.interop.referees.process import BareProcess
 from gptjax.interop.referees.stablehlo import StableHloRunner
-from gptjax.interop.run_stablehlo import read_safetensors
+from gptjax.interop.run_stablehlo import Model, read_safetensors
 from gptjax.interop.runner import GptjaxRunner
 from tests.interop.portable_models import (
     MODELS,
@@ -82,6 +83,35 @@ def test_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
         embedding = jax.tree.leaves(GptjaxRunner.load(checkpoint).params["embed"])[0]
         assert np.asarray(embedding).tobytes()[:64] not in content
     assert not (tmp_path / "out" / JOURNAL).exists()
+
+
+def test_the_bare_process_cannot_import_gptjax(tmp_path):
+    """Though this one can: neither from its own folder, nor as an installed package."""
+    setup = """
+try:
+    import gptjax
+except ImportError:
+    answer("absent")
+else:
+    answer("importable")
+"""
+    with BareProcess(tmp_path, setup=setup, packages=("numpy",)) as process:
+        assert process.name == "absent"
+
+
+def test_what_a_bare_process_prints_when_it_ends_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="no such model"):
+        BareProcess(tmp_path, setup="raise SystemExit('no such model')", packages=("numpy",))
+
+
+def test_tokens_that_the_model_cannot_read_are_refused(tmp_path):
+    checkpoint = write_checkpoint("learned positions and biases", tmp_path / "run")
+    stablehlo.write(checkpoint, tmp_path / "out")
+    model = Model(tmp_path / "out")
+    with pytest.raises(ValueError, match="ids from 0 to 63"):
+        model.generate([64], 1)
+    with pytest.raises(ValueError, match=r"5 \+ 124 tokens: the model has learned 128 positions"):
+        model.generate([1, 2, 3, 4, 5], 124)
 
 
 def test_bfloat16_artefact(tmp_path):
