@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import pathlib
 
-from gptjax.interop import hf
+from gptjax.interop import gguf, hf, llama2c
 from gptjax.interop.source import Source
-
-_GGUF_MAGIC = b"GGUF"
 
 
 def recognise(path: pathlib.Path) -> str | None:
     """`hf`, `gguf`, `llama2c`, or None where it is none of them."""
     if path.is_dir():
-        return "hf" if (path / hf.CONFIG_FILE).is_file() else None
+        if (path / hf.CONFIG_FILE).is_file():
+            return "hf"
+        return "gguf" if any(path.glob("*.gguf")) else None
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        start = file.read(len(_GGUF_MAGIC))
-    if start == _GGUF_MAGIC:
+    if gguf.is_gguf(path):
         return "gguf"
-    return None
+    return "llama2c" if path.suffix == ".bin" or llama2c.is_llama2c(path) else None
 
 
 def open_source(path: pathlib.Path) -> Source:
@@ -32,6 +30,10 @@ def open_source(path: pathlib.Path) -> Source:
     match recognise(path):
         case "hf":
             return hf.open_source(path)
+        case "gguf":
+            return gguf.open_source(path)
+        case "llama2c":
+            return llama2c.open_source(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory")
     raise ValueError(

@@ -14,6 +14,10 @@ def for_source(source: Source) -> Runner:
     Raises:
       ImportError: if it is not installed; the message says what to install.
     """
+    if source.format == "gguf":
+        from gptjax.interop.referees import llama_cpp
+
+        return llama_cpp.of_source(source)
     return for_artefact(source.format, source.path)
 
 
@@ -28,4 +32,8 @@ def for_artefact(format: str, path: pathlib.Path) -> Runner:
             from gptjax.interop.referees.hf import TransformersRunner
 
             return TransformersRunner(path)
+        case "gguf":
+            from gptjax.interop.referees import llama_cpp
+
+            return llama_cpp.of_file(path)
     raise ImportError(f"nobody here runs {format}")
