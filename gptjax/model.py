@@ -115,7 +115,6 @@ class Model:
         seed: int = 0,
     ) -> GenerateConfig:
         """What `generate`, `complete` and `stream` accept; see `SamplingConfig` and `GenerateConfig`."""
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
         return GenerateConfig(
             max_new_tokens=max_new_tokens,
             sampling=SamplingConfig(
@@ -125,7 +124,7 @@ class Model:
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
             ),
-            eos_ids=() if eos_id is None else (eos_id,),
+            eos_ids=() if self.tokenizer is None else self.tokenizer.eos_ids,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
             seed=seed,

@@ -24,7 +24,7 @@ def for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]
     stack before every product, and a float32 one converted, which costs as much again. What is
     laid out already is returned as it is; the rest is copied once.
     """
-    apart = dataclasses.replace(cfg, groups=tuple(single for group in cfg.groups for single in _split(group)))
+    apart = layers_apart(cfg)
     dtype = compute_dtype(cfg.dtype, platform())
     wrong_dtype = any(
         leaf.dtype != dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_cast(path)
@@ -32,6 +32,11 @@ def for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]
     if apart == cfg and not wrong_dtype:
         return cfg, params
     return apart, _lay_out(cfg, params)
+
+
+def layers_apart(cfg: ModelConfig) -> ModelConfig:
+    """The config that `for_decoding` returns."""
+    return dataclasses.replace(cfg, groups=tuple(single for group in cfg.groups for single in _split(group)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

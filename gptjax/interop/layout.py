@@ -127,7 +127,8 @@ class JoinedHeads:
 
     def to_ours(self, theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         ends = np.cumsum([shape[2] for shape in shapes])
-        return np.split(theirs.T.reshape(*shapes[0][:2], ends[-1]), ends[:-1], axis=2)
+        (joined,) = Linear().to_ours(theirs, [(*shapes[0][:2], int(ends[-1]))])
+        return np.split(joined, ends[:-1], axis=2)
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
         return Linear().to_theirs([np.concatenate(ours, axis=2)])

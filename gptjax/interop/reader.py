@@ -22,7 +22,8 @@ _WITHOUT_MEANING = frozenset(
     keys_to_ignore_at_inference output_attentions output_hidden_states return_dict is_encoder_decoder
     chunk_size_feed_forward id2label label2id problem_type finetuning_task tf_legacy_loss unk_token_id sep_token_id
     auto_map n_ctx summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj initial_context_length cache_implementation""".split()
+    summary_type summary_use_proj initial_context_length cache_implementation _attn_implementation_autoset _num_labels
+    tokenizer_class is_llama_config transformers.js_config unsloth_fixed unsloth_version""".split()
 )
 
 
@@ -119,6 +120,13 @@ class ConfigReader:
         """Raises:
         ValueError: naming the keys that nobody took.
         """
+        if "quantization_config" in self._left:
+            packed = self._values["quantization_config"]
+            method = packed.get("quant_method") if isinstance(packed, dict) else packed
+            raise ValueError(
+                f"{self.path}: quantization_config: got weights packed by {method!r}, expected float32, bfloat16 or "
+                "float16; unpack them with the library that packed them, and import the result"
+            )
         if self._left:
             name = sorted(self._left)[0]
             others = (

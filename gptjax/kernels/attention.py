@@ -22,6 +22,8 @@ from gptjax.types import Array
 # the work of one. Chunks below this length cost more in overhead than they save.
 _MAX_CHUNKS = 8
 _MIN_CHUNK = 128
+# In `reference`, as in `attend`: hidden scores, a maximum below that of any model's scores, and no division by zero.
+_NEVER, _LOWEST_PEAK, _SMALLEST_TOTAL = float(jnp.finfo(jnp.float32).min), -1e30, 1e-30
 
 
 def attention(
@@ -107,9 +109,31 @@ def allowed(
     return mask_BTS
 
 
+def reference(request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
+    """The formula alone, in operations that every other format has."""
+    q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * request.scale
+    if request.softcap is not None:
+        scores = request.softcap * jnp.tanh(scores / request.softcap)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _NEVER)
+    peak = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST_PEAK)
+    if request.sinks_N is not None:
+        sinks = request.sinks_N.astype(jnp.float32).reshape(k_BSKH.shape[2], -1)[:, :, None, None]
+        peak = jnp.maximum(peak, sinks)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    if request.sinks_N is not None:
+        total = total + jnp.exp(sinks - peak)
+    weights = (weights / jnp.maximum(total, _SMALLEST_TOTAL)).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return o_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[3]).astype(q_BTNH.dtype)
+
+
 def _plain(
     request: attention_fused.Request, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Callable[[slice, slice], Array]
 ) -> Array:
+    if platform() == "plain":
+        return reference(request, q_BTNH, k_BSKH, v_BSKH, mask(slice(None), slice(None)))
     # Heads first, once: every chunk then reads its keys and values as they lie.
     q_BKTGH = jnp.moveaxis(q_BTNH.reshape(*q_BTNH.shape[:2], k_BSKH.shape[2], -1, q_BTNH.shape[3]), 2, 1)
     k_BKSH, v_BKSH = jnp.moveaxis(k_BSKH, 2, 1), jnp.moveaxis(v_BSKH, 2, 1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.parallel import rules
-from gptjax.parallel.mesh import platform
+from gptjax.parallel.mesh import is_portable, platform
 from gptjax.types import Array
 
 # A block must be large for an efficient product and small for few masked rows at a group's end.
@@ -79,6 +79,8 @@ def grouped_matmul(x_MD: Array, w_EDF: Array, groups: Groups) -> Array:
     Returns:
       `[M, F]`.
     """
+    if is_portable():
+        return _ragged_rows(x_MD, w_EDF, groups)
     return jax.lax.platform_dependent(x_MD, w_EDF, groups, cpu=_rows, default=_ragged_rows)
 
 

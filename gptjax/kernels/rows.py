@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.parallel import rules
+from gptjax.parallel.mesh import is_portable
 from gptjax.types import Array
 
 # What is left after halving is as wide as a vector register.
@@ -24,9 +25,20 @@ _BLOCK = 64 * 1024
 def row_max(x: Array) -> Array:
     """The largest element of each row, `[..., V] -> [...]`; not differentiable."""
     x = jax.lax.stop_gradient(x)
-    if rules.current_mesh() is not None:  # halves of a row that is split over devices would be sent around
+    # Halves of a row that is split over devices would be sent around; a symbolic length has none.
+    if rules.current_mesh() is not None or is_portable():
         return x.max(axis=-1)
     return jax.lax.platform_dependent(x, cpu=_halving_max, default=lambda x: x.max(axis=-1))
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The `k` largest elements of each row and their int32 places, `[..., k]` each, as `jax.lax.top_k`."""
+    if not is_portable():
+        return jax.lax.top_k(x, k)
+    # StableHLO has no such operation, and the composite that JAX writes for it is too new for many readers.
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    _, value, index = jax.lax.sort((-x, x, place), num_keys=1, is_stable=True)
+    return value[..., :k], index[..., :k]
 
 
 def is_first_highest(x: Array, index: Array, value: Array, peak: Array) -> Array:

@@ -42,7 +42,8 @@ def init_cache(cfg: ModelConfig, *, batch_size: int, max_len: int, dtype: Any = 
 
 def _empty(block: BlockConfig, lead: tuple[int, int], max_len: int, dtype: Any) -> dict[str, Array]:
     cfg = block.attention
-    slots = max_len if cfg.window is None else min(cfg.window, max_len)
+    has_ring = cfg.window is not None and platform() != "plain"
+    slots = min(cfg.window, max_len) if has_ring else max_len  # type: ignore[type-var]
     if isinstance(cfg, AttentionConfig):
         shape = (*lead, cfg.num_kv_heads, slots, cfg.head_dim)
         entries = {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
@@ -72,6 +73,7 @@ def append(
     """
     new = {**entries, "positions": positions_BT}
     slots = cache["positions"].shape[1]
+    ring = ring and platform() != "plain"
     num_new = positions_BT.shape[1]
     kept = positions_BT >= 0
     if ring:
@@ -79,6 +81,10 @@ def append(
         slot_BT = jnp.where(kept, positions_BT % slots, slots)
     else:
         slot_BT = jnp.where(kept, positions_BT, slots)
+    if platform() == "plain":
+        hit_BST = slot_BT[:, None] == jnp.arange(slots, dtype=jnp.int32)[:, None]
+        view = {name: _selected(cache[name], value, hit_BST) for name, value in new.items()}
+        return {name: _slots_first(value) for name, value in view.items()}, view
     row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
     updated = {}
     for name, value in new.items():
@@ -88,13 +94,24 @@ def append(
             head_K = jnp.arange(value.shape[2])
             slots_of_rows = (row_B1[:, :, None], head_K, slot_BT[:, :, None])
         updated[name] = cache[name].at[slots_of_rows].set(value.astype(cache[name].dtype), mode="drop")
-    if ring and num_new > 1:
+    if ring and num_new != 1:
         view = {
             name: jnp.concatenate([_slots_first(cache[name]), value.astype(cache[name].dtype)], axis=1)
             for name, value in new.items()
         }
         return updated, view
     return updated, {name: _slots_first(value) for name, value in updated.items()}
+
+
+def _selected(cached: Array, value: Array, hit_BST: Array) -> Array:
+    """`cached`, slots first, with the `value` of the token that hits a slot: a write that every format has."""
+    if value.ndim == 2:
+        new, kept = jnp.where(hit_BST, value[:, None], -1).max(axis=2), cached
+    else:
+        new = jnp.einsum("BST,BT...->BS...", hit_BST.astype(cached.dtype), value.astype(cached.dtype))
+        kept = _slots_first(cached)
+    written = hit_BST.any(axis=2).reshape(*hit_BST.shape[:2], *(1,) * (new.ndim - 2))
+    return jnp.where(written, new, kept)
 
 
 def _slots_first(cached: Array) -> Array:

@@ -27,6 +27,7 @@ from gptjax.nn.config import MoEConfig
 from gptjax.nn.linear import einsum, grouped
 from gptjax.nn.mlp import activate
 from gptjax.parallel import rules
+from gptjax.parallel.mesh import is_portable, platform
 from gptjax.types import Array
 
 Weights = Mapping[str, tuple[Array, Array | None]]
@@ -61,6 +62,8 @@ def apply_experts(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Ar
       weight_BTA: float32 weight of each.
       weights: the experts' projections.
     """
+    if is_portable():
+        return _portable(cfg, x_BTD, index_BTA, weight_BTA, weights)
     local = _dropless if cfg.capacity_factor is None else _capacity
     mesh = rules.current_mesh()
     if mesh is None:
@@ -78,6 +81,20 @@ def apply_experts(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Ar
         check_vma=False,
     )
     return run(x_BTD, index_BTA, weight_BTA, weights)
+
+
+def _portable(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Array, weights: Weights) -> Array:
+    """Grouped products where a platform has a kernel for them; on CPU they would hold all rows once an expert."""
+    if cfg.capacity_factor is not None:
+        raise ValueError(
+            f"capacity_factor={cfg.capacity_factor}: a capacity is counted over the tokens of a call, whose number a "
+            "portable program does not know; lay the model out by infer.layout.for_decoding, which has none"
+        )
+    operands = x_BTD, index_BTA, weight_BTA, weights
+    dense = functools.partial(_dense, cfg)
+    if platform() == "plain":
+        return dense(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=dense, default=functools.partial(_dropless, cfg, _Axes()))
 
 
 def _weight_specs(mesh: Mesh, name: str, kernel: Array, bias: Array | None) -> tuple[Any, Any]:
@@ -160,6 +177,26 @@ def _dropless(cfg: MoEConfig, axes: _Axes, x: Array, index: Array, weight: Array
     for axis in reversed(axes.exchange):
         y = jax.lax.psum_scatter(y, axis, scatter_dimension=0, tiled=True)
     return y
+
+
+def _dense(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Array, weights: Weights) -> Array:
+    """Every expert on every token, weighted by 0 where it was not chosen: nothing is sorted or of unknown size."""
+
+    def add(y_BTD: Array, expert: tuple[Array, Weights]) -> tuple[Array, None]:
+        number, own = expert
+
+        def project(name: str, spec: str, x: Array) -> Array:
+            kernel, bias = own[name]
+            y = einsum(spec, x, kernel)
+            return y if bias is None else y + bias.astype(y.dtype)
+
+        gate = project("gate", "BTD,DF->BTF", x_BTD) if "gate" in own else None
+        hidden_BTF = activate(cfg.activation, project("up", "BTD,DF->BTF", x_BTD), gate)
+        share_BT1 = jnp.sum(jnp.where(index_BTA == number, weight_BTA, 0.0), axis=-1, keepdims=True)
+        return y_BTD + share_BT1 * project("down", "BTF,FD->BTD", hidden_BTF), None
+
+    experts = jnp.arange(cfg.num_experts, dtype=index_BTA.dtype), dict(weights)
+    return jax.lax.scan(add, jnp.zeros(x_BTD.shape, jnp.float32), experts)[0].astype(x_BTD.dtype)
 
 
 def _once(bias: Array, axes: tuple[str, ...]) -> Array:

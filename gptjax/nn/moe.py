@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gptjax.kernels import rows
 from gptjax.nn import dispatch
 from gptjax.nn.config import GATED_ACTIVATIONS, MLPConfig, MoEConfig
 from gptjax.nn.init import declare
@@ -82,7 +83,7 @@ def route(cfg: MoEConfig, logits_BTE: Array, balance_E: Array | None) -> tuple[A
         probs_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20)
     choice_BTE = scores_BTE if balance_E is None else scores_BTE + balance_E
     choice_BTE = jax.lax.stop_gradient(_limit_groups(cfg, choice_BTE))
-    _, index_BTA = jax.lax.top_k(choice_BTE, cfg.num_experts_per_token)
+    _, index_BTA = rows.top_k(choice_BTE, cfg.num_experts_per_token)
     weight_BTA = jnp.take_along_axis(scores_BTE, index_BTA, axis=-1)
     if cfg.normalize:
         weight_BTA = weight_BTA / (weight_BTA.sum(-1, keepdims=True) + 1e-20)
@@ -97,8 +98,8 @@ def _limit_groups(cfg: MoEConfig, choice_BTE: Array) -> Array:
         return choice_BTE
     grouped = choice_BTE.reshape(*choice_BTE.shape[:-1], cfg.num_groups, -1)
     best = 2 if cfg.router == "sigmoid" and grouped.shape[-1] > 1 else 1
-    group_score = jax.lax.top_k(grouped, best)[0].sum(-1)
-    _, kept = jax.lax.top_k(group_score, cfg.groups_per_token)
+    group_score = rows.top_k(grouped, best)[0].sum(-1)
+    _, kept = rows.top_k(group_score, cfg.groups_per_token)
     eligible = jax.nn.one_hot(kept, cfg.num_groups, dtype=jnp.bool_).any(-2)
     return jnp.where(eligible[..., None], grouped, _MASKED).reshape(choice_BTE.shape)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -15,6 +17,9 @@ from jax.sharding import AxisType, Mesh
 from gptjax.parallel import rules
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# Part of `jax.jit`'s cache key, as the contexts of `rules` are.
+_portable = jax.make_user_context(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +114,31 @@ def _multislice_grid(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.nd
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices=devices, allow_split_physical_axes=True)
 
 
+def portable(name: Literal["any", "plain"]) -> AbstractContextManager[None]:
+    """Traces what is inside as one program for any platform and sizes; `platform()` is then `name`.
+
+    Kernels take forms that lower everywhere, with symbolic dimensions too. Give `ModelConfig.dtype`: what is inside
+    cannot know what `auto` means where it will run.
+
+    Args:
+      name: `any` may still branch by `jax.lax.platform_dependent`; `plain` is elementary operations alone, which
+        converters to other formats understand.
+    """
+    return _portable(name)
+
+
+def is_portable() -> bool:
+    """Whether what is being traced must run anywhere; see `portable`."""
+    return _portable.value is not None
+
+
 def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: where the computation being traced will run.
+    """`cpu`, `gpu` or `tpu`: where the computation being traced will run; or `any` or `plain`, see `portable`.
 
     The mesh in use decides, so that lowering for a pod from a laptop picks the pod's kernels.
     """
+    if _portable.value is not None:
+        return _portable.value
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = device.platform if device is not None else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name

@@ -102,10 +102,11 @@ def check_family(
 
 def check_same(theirs, ours, tokens, model, *, tolerance: Tolerance = EXACT) -> float:
     """Logits, greedy continuation and every layer's output; returns the largest difference of logits."""
-    comparison = certificate.compare_prompt(theirs, ours, "random", tokens, room=model.seq_len - len(tokens))
+    records = [certificate.record(runner, {"random": tokens}, seq_len=model.seq_len) for runner in (theirs, ours)]
+    (comparison,) = certificate.compare(*records)
     problems = list(certificate.problems([comparison], None, tolerance))
     if problems:
-        problems.append(certificate.first_difference(theirs, ours, tokens, tolerance=1e-4))
+        problems += certificate.layer_lines(certificate.layer_differences(theirs, ours, tokens))
     assert not problems, problems
     return comparison.max_logit_difference
 

@@ -1,12 +1,16 @@
 """Dense families beside transformers: what comes in computes the same, and what goes out is what came in."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from gptjax.checkpoint import arrays
 from gptjax.interop import checkpoint, hf
 from gptjax.interop.families import FAMILIES
 from gptjax.interop.table import read_config
+from gptjax.nn import transformer
 from tests.interop import peers
 from tests.interop.peers import transformers
 
@@ -75,7 +79,8 @@ CONFIGS = {
     ),
     "qwen3 layer types, yarn": lambda: qwen3(
         num_hidden_layers=4, use_sliding_window=True, sliding_window=9, max_window_layers=0,
-        layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=YARN | dict(rope_theta=1e6),
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters=YARN | dict(rope_theta=100.0, beta_fast=2.0, beta_slow=0.25, truncate=False),
     ),
     "gemma3": gemma3,
     "gemma3 untied, soft-capped, biases": lambda: gemma3(
@@ -163,6 +168,71 @@ def test_a_config_of_gemma_from_before_layer_types_says_every_which_layer_is_glo
     assert thetas == {8: 1e4, None: 1e6}
 
 
+# As published, with the number of parameters.
+PUBLISHED = {
+    "gpt2": (
+        """{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": true, "summary_type": "cls_index", "summary_use_proj": true,
+        "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}, "vocab_size": 50257}""",
+        124_439_808,
+    ),
+    "llama 3.2 1B": (
+        """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0,
+        "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3"}, "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": true, "vocab_size": 128256}""",
+        1_235_814_400,
+    ),
+    "mistral 7B": (
+        """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": true, "vocab_size": 32000}""",
+        7_241_732_096,
+    ),
+    "qwen3 0.6B": (
+        """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+        596_049_920,
+    ),
+    "gemma 3 1B": (
+        """{"architectures": ["Gemma3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "attn_logit_softcapping": null, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106], "final_logit_softcapping": null, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": null,
+        "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0", "use_cache": true, "vocab_size": 262144}""",
+        999_885_952,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_and_have_the_parameters_that_they_are_known_for(name):
+    text, num_params = PUBLISHED[name]
+    values = json.loads(text)
+    model = read(values["model_type"], values)
+    assert sum(leaf.size for leaf in arrays.flatten(transformer.abstract_params(model)).values()) == num_params
+    again = FAMILIES[values["model_type"]].write_config(model)
+    assert read(values["model_type"], again) == model
+
+
 REFUSED_KEYS = {
     "unknown": ("llama", dict(residual_multiplier=0.2), "residual_multiplier: 0.2 is not known"),
     "of another type": ("llama", dict(hidden_size="32"), "hidden_size: got '32', expected int"),
@@ -184,6 +254,7 @@ REFUSED_KEYS = {
     "layer types": ("gemma3_text", dict(layer_types=["full_attention"]), "layer_types: got 1, expected 12 of"),
     "unasked window": ("qwen3", dict(layer_types=["sliding_attention"] * 12), "without use_sliding_window"),
     "gemma both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention: got True"),
+    "gemma activation": ("gemma3_text", dict(hidden_activation="gelu"), "hidden_activation: got 'gelu', expected"),
     "gemma scores": ("gemma3_text", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping: got 50.0"),
     "gemma ropes": ("gemma3_text", dict(rope_parameters=dict(rope_theta=1e4)), "rope_theta: 10000.0 is not known"),
     "gpt2 scale": ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx: got True"),

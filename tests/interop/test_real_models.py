@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.infer.layout import for_decoding
-from gptjax.interop import checkpoint, hf
-from gptjax.interop.certificate import compare_prompt, problems, prompts
+from gptjax.interop import certificate, checkpoint, hf
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.kernels.attention import attention
 from gptjax.nn import transformer
@@ -39,14 +38,10 @@ def model(request, shared_data, tmp_path_factory):
 
 
 def compare(theirs, ours):
-    asked = {
-        name: tokens for name, tokens in prompts(ours, ours.model).items() if name in ("one token", "prose", "long")
-    }
-    found = [
-        compare_prompt(theirs, ours, name, tokens, room=ours.model.seq_len - len(tokens))
-        for name, tokens in asked.items()
-    ]
-    assert not list(problems(found, None, EXACT))
+    prompts = certificate.prompts(ours, ours.model)
+    asked = {name: tokens for name, tokens in prompts.items() if name in ("one token", "prose", "long")}
+    records = [certificate.record(runner, asked, seq_len=ours.model.seq_len) for runner in (theirs, ours)]
+    assert not list(certificate.problems(certificate.compare(*records), None, EXACT))
 
 
 def test_a_trained_model_computes_the_same_here_and_after_an_export(model, tmp_path):

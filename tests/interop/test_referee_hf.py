@@ -39,8 +39,8 @@ def test_the_first_layer_that_differs_is_named(folder, tmp_path):
 
     changed(folder, tmp_path, damage)
     theirs, damaged = TransformersRunner(folder), TransformersRunner(tmp_path)
-    found = certificate.first_difference(theirs, damaged, TOKENS, tolerance=1e-4)
-    assert found.startswith("layer 1: outputs differ by")
+    found = certificate.first_difference(certificate.layer_differences(theirs, damaged, TOKENS))
+    assert found.startswith("the first to differ is layer 1, by")
 
 
 def test_greedy_goes_on_whatever_the_generation_config_says(folder, tmp_path):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from gptjax.kernels import attention as attention_lib
 from gptjax.kernels import attention_fused
 from gptjax.kernels.attention import attention
+from gptjax.parallel import mesh
 
 
 def _packed(batch, length):
@@ -77,6 +78,17 @@ def test_packed_rows_match_the_definition(case):
     got = jax.jit(lambda q, k, v: attention(q, k, v, **options, **_CASES[case]))(q, k, v)
     np.testing.assert_allclose(got, _by_hand(q, k, v, **options, **_CASES[case]), rtol=1e-5, atol=1e-5)
     assert not np.asarray(got[:, -2:]).any()
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_the_form_for_other_formats_matches_the_definition(case):
+    q, k, v = _operands()
+    positions, segments = _packed(2, 12)
+    rest = dict(scale=0.3, **_CASES[case])
+    arrays = dict(q_positions_BT=positions, kv_positions_BS=positions, q_segments_BT=segments, kv_segments_BS=segments)
+    with mesh.portable("plain"):
+        got = attention(q, k, v, **arrays, **rest)
+    np.testing.assert_allclose(got, _by_hand(q, k, v, **arrays, **rest), atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -40,3 +40,19 @@ def test_the_mesh_in_use_names_the_platform_not_the_machine():
     assert grid.size == jax.device_count()
     with jax.set_mesh(grid):
         assert mesh.platform() == "cpu"
+
+
+def test_portable_programs_are_traced_apart_from_others():
+    seen = []
+
+    @jax.jit
+    def program(x):
+        seen.append(mesh.platform())
+        return x
+
+    program(1.0)
+    with mesh.portable("plain"):
+        assert mesh.is_portable()
+        program(1.0)
+    program(1.0)
+    assert seen == ["cpu", "plain"] and not mesh.is_portable()

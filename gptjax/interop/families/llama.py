@@ -118,6 +118,7 @@ def write_outer(model: ModelConfig) -> dict[str, Any]:
 
 def _read(reader: ConfigReader) -> ModelConfig:
     reader.require("sliding_window", None)  # transformers' Llama would not apply it
+    reader.require("rope_interleaved", False, default=False)  # said by SmolLM's configs
     block = _read_block(reader, seq_len := reader.size("max_position_embeddings", 2048))
     mlp = dataclasses.replace(block.mlp, bias=reader.take("mlp_bias", bool, False))
     blocks = [dataclasses.replace(block, mlp=mlp)] * reader.size("num_hidden_layers", most=MAX_LAYERS)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
+
+from gptjax.interop.certificate import STRINGS
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
@@ -41,11 +44,7 @@ class TransformersRunner:
         self._model.eval()
         # The folder's own could sample, penalise repetition, or stop at an end token.
         self._model.generation_config = transformers.GenerationConfig()
-        self._tokenizer = None
-        if any((folder / file).exists() for file in _TOKENIZER_FILES):
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+        self._tokenizer = _tokenizer(transformers, folder)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         with self._torch.no_grad():
@@ -67,7 +66,7 @@ class TransformersRunner:
     def encode(self, text: str) -> list[int] | None:
         if self._tokenizer is None:
             return None
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return _ids(self._tokenizer, text)
 
     def hidden(self, tokens: Sequence[int]) -> list[np.ndarray]:
         # `output_hidden_states` gives the last layer's output after the final norm, so the layers are asked.
@@ -92,6 +91,37 @@ class TransformersRunner:
 
     def _ids(self, tokens: Sequence[int]) -> Any:
         return self._torch.tensor([list(tokens)], dtype=self._torch.long)
+
+
+def _tokenizer(transformers: Any, folder: pathlib.Path) -> Any:
+    """What cuts text as the folder says; None if it has no tokenizer.
+
+    For some `tokenizer_class`es (LlamaTokenizer among them) `AutoTokenizer` of transformers 5 takes no more than the
+    vocabulary from tokenizer.json, and cuts text in a way of its own. The file is then run as it is.
+    """
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return None
+    auto = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    file = folder / "tokenizer.json"
+    if not file.exists() or type(auto) is transformers.PreTrainedTokenizerFast:
+        return auto
+    as_written = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+    different = [text for text in STRINGS if _ids(auto, text) != _ids(as_written, text)]
+    if different:
+        logging.warning(
+            "%s: AutoTokenizer (%s) makes other ids of %d of %d texts, such as %r, than its tokenizer.json says; the "
+            "file is compared with",
+            folder,
+            type(auto).__name__,
+            len(different),
+            len(STRINGS),
+            different[0],
+        )
+    return as_written
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _import() -> tuple[Any, Any]:
