@@ -122,7 +122,7 @@ def of_file(path: pathlib.Path) -> LlamaCppRunner:
 
 
 def of_source(source: Source) -> LlamaCppRunner:
-    """The runner of a GGUF source, given its values in float32 where they are quantised.
+    """The runner of a GGUF source, given its values in float32 where they are quantised, and of llama2.c's.
 
     With quantised weights llama.cpp rounds activations to 8 bits too: its logits are then some way off those of the
     very values in the file, and say little of a conversion. The file in float32 is a temporary one; where it does not
@@ -132,13 +132,12 @@ def of_source(source: Source) -> LlamaCppRunner:
       ImportError: without xllamacpp.
       ValueError: if llama.cpp cannot load it.
     """
-    tensors = read_header(source.path).tensors.values()
-    if all(is_float(tensor.kind) for tensor in tensors):
+    if source.format == "gguf" and all(is_float(each.kind) for each in read_header(source.path).tensors.values()):
         return of_file(source.path)
     _require_package()
-    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors)
+    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values())
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    if num_bytes > 0.8 * free:
+    if source.format == "gguf" and num_bytes > 0.8 * free:
         logging.warning(
             "%s: llama.cpp runs it quantised: %.1f GB in float32 do not fit into %s; set TMPDIR to where there is room",
             source.path, num_bytes / 1e9, tempfile.gettempdir(),
