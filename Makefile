@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_DIR ?= runs/demo
+# Peers that conversions are compared with: some 1.5 GB. `make test REFEREES=` goes without them.
+REFEREES ?= gguf,referees
 
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
@@ -42,4 +44,6 @@ $(VENV)/.installed: setup.py | $(PY)
 
 $(VENV)/.installed-test: setup.py | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@test -z '$(REFEREES)' || $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$(REFEREES)]' || \
+	  echo "WARNING: $(REFEREES) could not be installed: tests that compare with these peers are skipped."
 	@touch $(VENV)/.installed $@

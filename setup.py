@@ -24,17 +24,25 @@ CORE = [
     "zstandard>=0.23",
 ]
 
+# Tokenizers of other models, and their chat templates.
+TOKENIZERS = ["jinja2>=3.1.6", "tokenizers>=0.21"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda13]"],
     "gpu-cuda12": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]>=1.9"],
+    "gguf": ["gguf>=0.17"],
+    "tokenizers": TOKENIZERS,
+    # Whose implementations conversions are compared with.
+    "referees": ["torch==2.13.0", "transformers>=5.0", "xllamacpp"],
     "stablehlo": ["flatbuffers>=24.3"],
     "saved_model": ["tensorflow>=2.21"],
     # And then `pip install --no-deps jax2onnx`: it asks for orbax-checkpoint<0.11.37, of which it uses nothing here.
     "onnx": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "test": [
         "flatbuffers>=24.3",
+        *TOKENIZERS,
         "hypothesis>=6.100",
         "import-linter>=2.3",
         "mypy>=1.15",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -20,6 +23,8 @@ from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig
 from gptjax.infer.layout import for_decoding
 from gptjax.infer.sampling import SamplingConfig
+from gptjax.interop import formats
+from gptjax.interop import params as foreign_params
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import rules
@@ -110,7 +115,6 @@ class Model:
         seed: int = 0,
     ) -> GenerateConfig:
         """What `generate`, `complete` and `stream` accept; see `SamplingConfig` and `GenerateConfig`."""
-        eos_id = None if self.tokenizer is None else self.tokenizer.eos_id
         return GenerateConfig(
             max_new_tokens=max_new_tokens,
             sampling=SamplingConfig(
@@ -120,7 +124,7 @@ class Model:
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
             ),
-            eos_ids=() if eos_id is None else (eos_id,),
+            eos_ids=() if self.tokenizer is None else self.tokenizer.eos_ids,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             vocab_size=None if self.tokenizer is None else self.tokenizer.vocab_size,
             seed=seed,
@@ -180,6 +184,8 @@ def check_length(config: ModelConfig, length: int) -> None:
 def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weights: Weights = "last") -> Model:
     """Reads a model from a workdir (its newest checkpoint) or a checkpoint directory, local or gs://.
 
+    A model of another framework is opened as it is, if local: a Hugging Face folder, a GGUF file, a llama2.c `.bin`.
+
     Args:
       shardings: where parameters go; None is the first device or, on a mesh in use, where the partitioning
         rules put them. See `checkpoint.store.restore_params`.
@@ -192,14 +198,32 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weig
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}: expected {' or '.join(map(repr, get_args(Weights)))}")
+    if "://" not in os.fspath(path) and formats.recognise(pathlib.Path(path)) is not None:
+        return _foreign(pathlib.Path(path), shardings=shardings, dtype=dtype, weights=weights)
     directory = store.find(path)
     if shardings is None and rules.current_mesh() is not None:
-        model = store.read_meta(directory).model
-        shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
-        shardings = rules.tree_shardings(jax.sharding.get_mesh(), axes, shapes)
+        shardings = _mesh_shardings(store.read_meta(directory).model)
     meta, params = store.restore_params(directory, shardings=shardings, dtype=dtype, weights=weights)
     tokenizer = _tokenizer(store.read_assets(directory), meta, str(directory))
     return Model(meta.model, params, tokenizer, meta)
+
+
+def _foreign(path: pathlib.Path, *, shardings: Any, dtype: Any, weights: Weights) -> Model:
+    """A model of another framework."""
+    if weights != "last":
+        raise ValueError(
+            f"{path}: weights={weights!r}: only gptjax's own checkpoints keep an average; read the last ones"
+        )
+    source = formats.open_source(path)
+    params = foreign_params.read(source, dtype=None if dtype is None else jnp.dtype(dtype))
+    if shardings is None and rules.current_mesh() is not None:
+        shardings = _mesh_shardings(source.model)
+    return Model(source.model, params if shardings is None else jax.device_put(params, shardings), source.tokenizer)
+
+
+def _mesh_shardings(model: ModelConfig) -> Any:
+    shapes, axes = transformer.abstract_params(model), transformer.param_axes(model)
+    return rules.tree_shardings(jax.sharding.get_mesh(), axes, shapes)
 
 
 def _tokenizer(assets: Mapping[str, bytes], meta: Meta, path: str) -> Tokenizer | None:

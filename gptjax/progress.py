@@ -47,6 +47,6 @@ class BytesLine(Line):
         self._done += num_bytes
         rate = (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
         left = (self._num_bytes - self._done) / max(rate, 1.0)
-        self.show(
-            f"{self._done / 1e9:,.2f} of {self._num_bytes / 1e9:,.2f} GB, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left"
-        )
+        unit, name = (1e9, "GB") if self._num_bytes >= 1e9 else (1e6, "MB")
+        done, total = self._done / unit, self._num_bytes / unit
+        self.show(f"{done:,.2f} of {total:,.2f} {name}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")

@@ -20,6 +20,9 @@ from gptjax.types import Array
 _CAST_BATCH_FRACTION = 8
 """Arrays that change dtype are read in batches of an eighth of the whole, in their stored dtype."""
 
+_STACK_BYTES = 64 << 20
+"""Stacks of layers over this size are stored a layer apart."""
+
 
 def flatten(tree: Any) -> dict[str, Any]:
     """The leaves by `/`-joined path, in the order of `jax.tree.leaves`."""
@@ -73,6 +76,17 @@ def as_array(path: str, value: Any) -> Array:
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Reads and writes one item. Weights do not compress, and trying costs CPU during training."""
     return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def save_args(flat: Mapping[str, Array]) -> dict[str, ocp.SaveArgs]:
+    """How each array is cut into pieces that are read whole: a large stack of layers by layer."""
+    # A stack in one piece would have to fit in the memory of whoever wants one layer of it.
+    by_layer = ocp.SaveArgs(chunk_byte_size=_STACK_BYTES, shard_axes=(0,))
+    return {path: by_layer if _is_large_stack(path, leaf) else ocp.SaveArgs() for path, leaf in flat.items()}
+
+
+def _is_large_stack(path: str, leaf: Array) -> bool:
+    return path.startswith("group_") and leaf.ndim > 2 and leaf.shape[0] < leaf.shape[1] and leaf.nbytes > _STACK_BYTES
 
 
 def stored_shapes(directory: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:

@@ -115,7 +115,9 @@ class CheckpointStore:
         sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
         meta = dataclasses.replace(meta, step=step, created=meta_lib.now(), score=score, checksums=sums)
         items: dict[str, Any] = {
-            item: ocp.args.PyTreeSave(arrays.nest(leaves)) for item, leaves in flat.items() if leaves
+            item: ocp.args.PyTreeSave(arrays.nest(leaves), save_args=arrays.nest(arrays.save_args(leaves)))
+            for item, leaves in flat.items()
+            if leaves
         }
         items["data"] = ocp.args.JsonSave(dict(data or {}))
         items["meta"] = ocp.args.JsonSave(meta_lib.to_json(meta))

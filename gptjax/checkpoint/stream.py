@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -67,19 +67,38 @@ class ArraysWriter:
 class ArraysReader:
     """The arrays of one item, read a slice at a time.
 
-    What training saved may lie in chunks of many slices. The last ones used are kept, so slices of one array should
-    be asked for one after the other.
+    An array may lie in pieces of many slices. Then the last piece is kept, so slices of one array should be asked for
+    one after the other.
+
+    Args:
+      sliced_dims: of each array, by path, how many leading dimensions slices have an index for.
     """
 
-    def __init__(self, directory: pathlib.Path, shapes: Mapping[str, Any]) -> None:
-        self._directory = directory
-        largest = max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes.values()), default=0)
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": largest}})
+    def __init__(self, directory: pathlib.Path, sliced_dims: Mapping[str, int]) -> None:
+        # What is read once need not be kept: memory would grow to the limit.
+        self._arrays = _open_all(directory, sliced_dims, cache_bytes=0)
+        pieces = [_piece_bytes(array, sliced_dims[path]) for path, array in self._arrays.items()]
+        if any(pieces):
+            self._arrays = _open_all(directory, sliced_dims, cache_bytes=max(pieces))
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         """`array[index]`."""
-        spec = {"driver": "zarr", "kvstore": _kvstore(self._directory, path)}
-        return ts.open(spec, open=True, context=self._context).result()[index].read().result()
+        return self._arrays[path][index].read().result()
+
+
+def _open_all(directory: pathlib.Path, paths: Iterable[str], *, cache_bytes: int) -> dict[str, Any]:
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    opened = {
+        path: ts.open({"driver": "zarr", "kvstore": _kvstore(directory, path)}, open=True, context=context)
+        for path in paths
+    }
+    return {path: future.result() for path, future in opened.items()}
+
+
+def _piece_bytes(array: Any, sliced_dims: int) -> int:
+    """The size of a stored piece; 0 where it is a single slice."""
+    shape = array.chunk_layout.read_chunk.shape
+    return math.prod(shape) * array.dtype.numpy_dtype.itemsize if math.prod(shape[:sliced_dims]) > 1 else 0
 
 
 def _kvstore(directory: pathlib.Path, path: str) -> dict[str, Any]:

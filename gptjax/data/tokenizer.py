@@ -1,11 +1,12 @@
 """Text to token ids and back, without loss.
 
 A tokenizer is its serialised bytes: `load` recognises the kind from the content, and the
-SHA-256 of those bytes is the fingerprint that stores and checkpoints record. Three kinds exist:
+SHA-256 of those bytes is the fingerprint that stores and checkpoints record. Four kinds exist:
 
     sentencepiece   byte-pair merges over Unicode with byte fallback; `train_bpe` makes one
     bytes           the 256 byte values
     characters      one id per character of an alphabet, nothing else
+    huggingface     a `tokenizer.json` of another model, in `data.huggingface`
 
 Decoding joins the bytes of the pieces, so any id sequence decodes and text always survives the
 round trip: tabs, newlines, runs of spaces, and characters never seen in training.
@@ -20,12 +21,14 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
 from etils import epath
+
+from gptjax.data import chat
 
 FILE_NAME = "tokenizer.model"
 
@@ -54,9 +57,13 @@ class Tokenizer:
       encode_fn: texts and a thread count to one int32 array per text.
       pad_id, bos_id, eos_id, unk_id, mask_id: special ids, None where the vocabulary has none.
       has_dummy_prefix: whether encoding puts a space before the text, which decoding takes off.
+      has_start: whether texts begin with `start_id`; some models of others were trained without.
+      other_eos_ids: that end a text too, such as the end of a turn.
+      special_tokens: the texts of special tokens by transformers' names, such as `bos_token`.
+      chat_template: a Jinja template for `apply_chat_template`.
     """
 
-    kind: Literal["sentencepiece", "bytes", "characters"]
+    kind: Literal["sentencepiece", "bytes", "characters", "huggingface"]
     pieces: tuple[bytes, ...]
     serialized: bytes = dataclasses.field(repr=False)
     encode_fn: Callable[[Sequence[str], int], list[np.ndarray]] = dataclasses.field(repr=False)
@@ -66,6 +73,10 @@ class Tokenizer:
     unk_id: int | None = None
     mask_id: int | None = None
     has_dummy_prefix: bool = False
+    has_start: bool = True
+    other_eos_ids: tuple[int, ...] = ()
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -78,12 +89,18 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that stand for no text."""
-        ids = (self.pad_id, self.bos_id, self.eos_id, self.unk_id, self.mask_id)
-        return frozenset(id for id in ids if id is not None)
+        return frozenset(id for id, piece in enumerate(self.pieces) if not piece)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens at which a model has said all; `eos_id` is the first."""
+        return (() if self.eos_id is None else (self.eos_id,)) + self.other_eos_ids
 
     @property
     def start_id(self) -> int | None:
         """The token that documents begin with, so that their first piece can be predicted too."""
+        if not self.has_start:
+            return None
         return self.bos_id if self.bos_id is not None else self.eos_id
 
     def encode(self, text: str) -> list[int]:
@@ -111,6 +128,18 @@ class Tokenizer:
         """The bytes of `ids`, which may stop in the middle of a character."""
         pieces = self.pieces
         return b"".join([pieces[id] for id in ids])
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """The text of a conversation, which begins as its template says: it is for `encode`, not `encode_prompt`.
+
+        See `chat.render`; `variables` are further names that the template reads, such as `tools`.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"this {self.kind} tokenizer came without a chat template; write the prompt as text")
+        names = {**self.special_tokens, **variables}
+        return chat.render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=names)
 
     def to_bytes(self) -> bytes:
         return self.serialized
@@ -163,14 +192,18 @@ def from_bytes(serialized: bytes) -> Tokenizer:
         return _sentencepiece(serialized)
     try:
         description = json.loads(serialized)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a tokenizer: {error}") from error
     match description:
         case {"kind": "bytes"}:
             return byte_level()
         case {"kind": "characters", "characters": str(alphabet)}:
             return characters(alphabet)
-    raise ValueError(f"not a tokenizer: expected kind bytes or characters, got keys {sorted(description)}")
+        case {"kind": "huggingface"}:
+            from gptjax.data import huggingface  # which makes Tokenizers, so it imports this module
+
+            return huggingface.from_description(description, serialized)
+    raise ValueError(f"not a tokenizer: expected a kind that is known, got keys {sorted(description)}")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, max_bytes: int = 1 << 27) -> Tokenizer:
@@ -228,7 +261,7 @@ def byte_level() -> Tokenizer:
 
     def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
         del num_threads
-        return [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) for text in texts]
+        return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
 
     return Tokenizer("bytes", pieces, serialized, encode_fn, pad_id=256, bos_id=257, eos_id=258, mask_id=259)
 
@@ -245,7 +278,7 @@ def characters(text: str) -> Tokenizer:
         del num_threads
         return [_search(code_points, text) for text in texts]
 
-    return Tokenizer("characters", tuple(_utf8(character) for character in alphabet), serialized, encode_fn)
+    return Tokenizer("characters", tuple(utf8(character) for character in alphabet), serialized, encode_fn)
 
 
 def _search(code_points: np.ndarray, text: str) -> np.ndarray:
@@ -292,7 +325,7 @@ def _sentencepiece(serialized: bytes) -> Tokenizer:
     def encode_fn(texts: Sequence[str], num_threads: int) -> list[np.ndarray]:
         for text in texts:
             if not text.isascii():
-                _utf8(text)
+                utf8(text)
         split = [list(parts_of(text)) for text in texts]
         firsts = iter(processor.encode([p[0] for p in split if p and p[0] is not None], num_threads=num_threads))
         others = iter(later.encode([x for p in split for x in p[1:] if x is not None], num_threads=num_threads))
@@ -331,7 +364,8 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays).astype(np.int32, copy=False) if arrays else np.zeros(0, np.int32)
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
+    """Raises: ValueError for a lone surrogate, which is no text."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -343,7 +377,7 @@ def _training_chunks(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
         for chunk in _chunks(text, _TRAIN_CHUNK_CHARACTERS):
-            left -= len(_utf8(chunk))
+            left -= len(utf8(chunk))
             if left < 0:
                 return
             yield chunk.replace(_SPACE, " ")

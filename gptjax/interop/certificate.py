@@ -21,6 +21,8 @@ from gptjax.nn.config import ModelConfig
 
 NUM_GREEDY_TOKENS = 64
 _LONG_TOKENS = 192
+_PAST_WINDOW_TOKENS = 33
+_LAYER_TOLERANCE = 1e-3
 
 TEXTS: dict[str, str] = {
     "short": "The",
@@ -90,6 +92,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerComparison:
+    """How many fixed strings both tokenizers turned into ids, and those whose ids differ."""
+
+    num_strings: int
+    different: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What is written to `certificate.json`.
 
@@ -97,7 +107,7 @@ class Certificate:
       accepted: whether all that could be compared is within the tolerance.
       source, target: what each is and the hashes of its files.
       referees: who ran the two; where a peer's own implementation is missing, that is said.
-      tokenizer: strings whose ids agree, of how many; None without a tokenizer on both sides.
+      tokenizer: None without a tokenizer on both sides.
       values: how the values were compared without running anything.
       problems: why it was not accepted.
     """
@@ -111,7 +121,7 @@ class Certificate:
     referees: Mapping[str, str]
     tolerance: Tolerance
     comparisons: tuple[Comparison, ...] = ()
-    tokenizer: tuple[int, int] | None = None
+    tokenizer: TokenizerComparison | None = None
     values: str = ""
     problems: tuple[str, ...] = ()
     first_different_layer: str = ""
@@ -122,55 +132,88 @@ class Certificate:
         return asdict(self)
 
 
-def compare(source: Runner, target: Runner, *, model: ModelConfig) -> Iterator[Comparison]:
-    """Runs both on every prompt."""
-    for name, tokens in prompts(source, model).items():
-        yield compare_prompt(source, target, name, tokens, room=model.seq_len - len(tokens))
-
-
 def prompts(source: Runner, model: ModelConfig) -> dict[str, list[int]]:
     """Token prompts by name: fixed texts where there is a tokenizer, and numbers that fill the context or a window."""
     found: dict[str, list[int]] = {}
     for name, text in TEXTS.items():
-        ids = source.encode(text)
+        ids = [id for id in source.encode(text) or () if id < model.vocab_size]
         if ids:
             found[name] = ids[: max(1, model.seq_len // 2)]
     random = np.random.default_rng(0)
     windows = [block.attention.window for block in model.blocks if block.attention.window is not None]
-    longest = max(1, model.seq_len - NUM_GREEDY_TOKENS)
+    longest = max(1, model.seq_len - min(NUM_GREEDY_TOKENS, model.seq_len // 2))
     sizes = {"one token": 1, "long": min(_LONG_TOKENS, longest)}
     if windows:
-        sizes["past the window"] = min(max(windows) + 33, longest)
+        sizes["past the window"] = min(max(windows) + _PAST_WINDOW_TOKENS, longest)
     for name, size in sizes.items():
         found[name] = random.integers(0, model.vocab_size, size).tolist()
     return found
 
 
-def compare_prompt(source: Runner, target: Runner, name: str, tokens: list[int], *, room: int) -> Comparison:
-    """The figures of one prompt; `room` is how many more tokens the context has."""
-    wanted, got = source.logits(tokens), target.logits(tokens)
-    largest = mean_kl = None
+@dataclass(frozen=True)
+class Record:
+    """What one implementation computes; the other runs after it, when this one's memory is free.
+
+    Attributes:
+      prompts: their tokens, by name.
+      logits: `[T, V]` of each prompt with its continuation, or None.
+      greedy: the continuation of each.
+      ids: of each string; None without a tokenizer.
+    """
+
+    runner: str
+    prompts: Mapping[str, list[int]]
+    logits: Mapping[str, np.ndarray | None]
+    greedy: Mapping[str, list[int]]
+    ids: tuple[list[int] | None, ...] | None
+
+
+def record(runner: Runner, tokens: Mapping[str, list[int]], *, seq_len: int) -> Record:
+    """Runs every prompt, and its continuation as far as the context has room."""
+    greedy = {}
+    for name, prompt in tokens.items():
+        greedy[name] = runner.greedy(prompt, max(1, min(NUM_GREEDY_TOKENS, seq_len - len(prompt))))
+    ids = None if runner.encode("a") is None else tuple(runner.encode(text) for text in STRINGS)
+    logits = {name: runner.logits([*prompt, *greedy[name]][:seq_len]) for name, prompt in tokens.items()}
+    return Record(runner.name, tokens, logits, greedy, ids)
+
+
+def compare(source: Record, target: Record) -> tuple[Comparison, ...]:
+    """The figures of each prompt."""
+    return tuple(_compare_prompt(source, target, name) for name in source.prompts)
+
+
+def _compare_prompt(source: Record, target: Record, name: str) -> Comparison:
+    """Logits are compared as far as both saw the same tokens: to where the continuations part."""
+    pairs = list(zip(source.greedy[name], target.greedy[name], strict=False))
+    fork = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    wanted, got = source.logits[name], target.logits[name]
+    largest = mean_kl = margin = None
+    last = len(source.prompts[name]) + fork
+    if wanted is not None and fork < len(pairs):
+        second, first = np.sort(wanted[last - 1])[-2:]
+        margin = float(first - second)
     if wanted is not None and got is not None:
         size = min(wanted.shape[-1], got.shape[-1])  # some pad the vocabulary
-        largest = float(np.abs(wanted[:, :size] - got[:, :size]).max())
-        mean_kl = _mean_kl(wanted[:, :size], got[:, :size])
-    num_new = max(1, min(NUM_GREEDY_TOKENS, room))
-    ours, theirs = source.greedy(tokens, num_new), target.greedy(tokens, num_new)
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    margin = None
-    if same < num_new:
-        at_fork = source.logits([*tokens, *ours[:same]])
-        if at_fork is not None:
-            second, first = np.sort(at_fork[-1])[-2:]
-            margin = float(first - second)
+        wanted, got = wanted[:last, :size], got[:last, :size]
+        largest, mean_kl = float(np.abs(wanted - got).max()), _mean_kl(wanted, got)
     return Comparison(
         prompt=name,
-        num_tokens=len(tokens),
+        num_tokens=len(source.prompts[name]),
         max_logit_difference=largest,
         mean_kl_nats=mean_kl,
-        greedy_agreement=same / num_new,
+        greedy_agreement=fork / len(source.greedy[name]),
         margin=margin,
     )
+
+
+def compare_tokenizers(source: Record, target: Record) -> TokenizerComparison | None:
+    """None unless both have a tokenizer."""
+    if source.ids is None or target.ids is None:
+        return None
+    pairs = zip(STRINGS, source.ids, target.ids, strict=True)
+    different = tuple(text for text, a, b in pairs if a != b)
+    return TokenizerComparison(num_strings=len(STRINGS), different=different)
 
 
 def _mean_kl(wanted_TV: np.ndarray, got_TV: np.ndarray) -> float:
@@ -185,15 +228,8 @@ def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def compare_tokenizers(source: Runner, target: Runner, texts: Sequence[str] = STRINGS) -> tuple[int, int] | None:
-    """How many strings have the same ids, of how many; None unless both have a tokenizer."""
-    if source.encode("a") is None or target.encode("a") is None:
-        return None
-    return sum(source.encode(text) == target.encode(text) for text in texts), len(texts)
-
-
 def problems(
-    comparisons: Sequence[Comparison], tokenizer: tuple[int, int] | None, tolerance: Tolerance
+    comparisons: Sequence[Comparison], tokenizer: TokenizerComparison | None, tolerance: Tolerance
 ) -> Iterator[str]:
     """A line for each figure outside of the tolerance.
 
@@ -212,21 +248,39 @@ def problems(
             yield (
                 f"{found.prompt}: greedy tokens agree for {found.greedy_agreement:.0%}, expected {tolerance.greedy:.0%}"
             )
-    if tokenizer is not None and tokenizer[0] < tokenizer[1]:
-        yield f"tokenizer: ids of {tokenizer[1] - tokenizer[0]} of {tokenizer[1]} strings differ"
+    if tokenizer is not None and tokenizer.different:
+        shown = ", ".join(map(repr, tokenizer.different[:4]))
+        yield f"tokenizer: ids of {len(tokenizer.different)} of {tokenizer.num_strings} strings differ: {shown}"
 
 
-def first_difference(source: Runner, target: Runner, tokens: Sequence[int], *, tolerance: float) -> str:
-    """Which layer's output is the first to differ, relative to its size; empty if none or they do not show."""
+def layer_differences(source: Runner, target: Runner, tokens: Sequence[int]) -> list[float] | None:
+    """The largest difference of the residual stream relative to its largest value, of the embedding and each layer.
+
+    None where an implementation does not show it.
+    """
     wanted, got = source.hidden(tokens), target.hidden(tokens)
     if wanted is None or got is None:
-        return ""
-    for layer, (a, b) in enumerate(zip(wanted, got, strict=True)):
-        error = float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
-        if not error <= tolerance:
-            where = "the embedding" if layer == 0 else f"layer {layer - 1}"
-            return f"{where}: outputs differ by {error:.3g} of their largest value"
+        return None
+    return [float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in zip(wanted, got, strict=True)]
+
+
+def layer_lines(differences: Sequence[float] | None) -> list[str]:
+    """A line for each layer."""
+    if differences is None:
+        return ["the peer does not show its layers"]
+    return [f"{_layer_name(layer):>14}  {difference:.2e}" for layer, difference in enumerate(differences)]
+
+
+def first_difference(differences: Sequence[float] | None) -> str:
+    """Which layer is the first to differ by more than rounding; empty if none does."""
+    for layer, difference in enumerate(differences or ()):
+        if not difference <= _LAYER_TOLERANCE:
+            return f"the first to differ is {_layer_name(layer)}, by {difference:.2g} of its largest value"
     return ""
+
+
+def _layer_name(layer: int) -> str:
+    return "the embedding" if layer == 0 else f"layer {layer - 1}"
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from etils import epath
 
 from gptjax.checkpoint import arrays, meta, reading
 from gptjax.checkpoint import stream as array_stream
+from gptjax.checkpoint.narration import quiet_orbax
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import stream
 from gptjax.interop.source import Readable, Source
@@ -123,13 +124,15 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
     """
 
     def __init__(
-        self, directory: epath.PathLike, family: Family, model: ModelConfig, *, dtype: np.dtype | None
+        self, directory: epath.PathLike, family: Family, model: ModelConfig, *, dtype: np.dtype | None = None
     ) -> None:
+        quiet_orbax()
         self.directory = pathlib.Path(directory)
         self._meta = reading.read_meta(epath.Path(directory))
         self._shapes = arrays.stored_shapes(epath.Path(directory) / "params")
-        self._reader = array_stream.ArraysReader(self.directory / "params", self._shapes)
         self._units = {unit.theirs: unit for unit in units(family, model)}
+        sliced = {part.path: len(part.index) for unit in self._units.values() for part in unit.ours}
+        self._reader = array_stream.ArraysReader(self.directory / "params", sliced)
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> CheckpointTensor:

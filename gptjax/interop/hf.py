@@ -11,7 +11,7 @@ from etils import epath
 
 from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.interop import safetensors, stream
+from gptjax.interop import safetensors, stream, tokenizers
 from gptjax.interop.checkpoint import JOURNAL, CheckpointTensors
 from gptjax.interop.families import FAMILIES
 from gptjax.interop.safetensors import SafetensorsFolder, SafetensorsWriter
@@ -21,7 +21,6 @@ from gptjax.json_files import read_json, write_json
 from gptjax.nn.config import ModelConfig
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -45,14 +44,14 @@ def open_source(folder: pathlib.Path) -> Source:
     tensors = SafetensorsFolder(folder)
     family = FAMILIES[name]
     model = read_config(family, values, path=str(path))
-    files = (path, *sorted({stored.file for stored in tensors.values()}))
+    files = (path, *sorted({stored.file for stored in tensors.values()}), *tokenizers.files_of(folder))
     return Source(
         path=folder,
         format="hf",
         family=family,
         model=model,
-        tensors=_without_copies(tensors, model),
-        tokenizer=_read_tokenizer(folder),
+        tensors=family.adapt(_normal(folder, tensors, family, model), model),
+        tokenizer=tokenizers.read(folder),
         files=files,
         raw_config=values,
     )
@@ -70,25 +69,27 @@ def _check_format(folder: pathlib.Path) -> None:
     raise ValueError(f"{folder / safetensors.SINGLE_FILE}: missing; expected it or {safetensors.INDEX_FILE}")
 
 
-def _without_copies(tensors: SafetensorsFolder, model: ModelConfig) -> Mapping[str, safetensors.Stored]:
-    """Some folders hold a tied head a second time; it must then be the embedding."""
+def _normal(
+    folder: pathlib.Path, tensors: Mapping[str, safetensors.Stored], family: Family, model: ModelConfig
+) -> Mapping[str, safetensors.Stored]:
+    """The tensors under their full names, and without the copy of a tied head that some folders hold."""
+    embedding, head = family.name_of("embed/tokens"), family.name_of("head/kernel")
     found = dict(tensors)
-    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
-    if not model.tie_embeddings or head is None or embedding is None:
-        return found
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not same or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
-        raise ValueError(
-            f"{tensors.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says that they "
-            "are tied (tie_word_embeddings); set it to false if the head is the model's own"
-        )
-    del found["lm_head.weight"]
+    if not any(name.startswith(family.prefix) for name in found):
+        found = {name if name == head else family.prefix + name: stored for name, stored in found.items()}
+    if model.tie_embeddings and head in found and embedding in found:
+        if not _equal(found[head], found[embedding]):
+            raise ValueError(
+                f"{folder}: {head} differs from {embedding}, but config.json says that they are tied "
+                "(tie_word_embeddings); set it to false if the head is the model's own"
+            )
+        del found[head]
     return found
 
 
-def _read_tokenizer(folder: pathlib.Path) -> tokenizer_lib.Tokenizer | None:
-    file = folder / tokenizer_lib.FILE_NAME
-    return tokenizer_lib.load(file) if file.exists() else None
+def _equal(first: safetensors.Stored, second: safetensors.Stored) -> bool:
+    same = first.shape == second.shape and first.dtype == second.dtype
+    return same and np.array_equal(first.read().reshape(-1).view(np.uint8), second.read().reshape(-1).view(np.uint8))
 
 
 def write(
@@ -142,12 +143,6 @@ def _write_config(folder: pathlib.Path, family: Family, model: ModelConfig, dtyp
 
 
 def _write_tokenizer(folder: pathlib.Path, checkpoint: epath.PathLike) -> None:
-    assets = reading.read_assets(epath.Path(checkpoint))
-    if tokenizer_lib.FILE_NAME not in assets:
-        return
-    (folder / tokenizer_lib.FILE_NAME).write_bytes(assets[tokenizer_lib.FILE_NAME])
-    tokenizer = tokenizer_lib.from_bytes(assets[tokenizer_lib.FILE_NAME])
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    given = {name: id for name, id in ids.items() if id is not None}
-    for file in (CONFIG_FILE, GENERATION_FILE):
-        write_json(folder / file, read_json(folder / file) | given)
+    content = reading.read_assets(epath.Path(checkpoint)).get(tokenizer_lib.FILE_NAME)
+    if content is not None:
+        tokenizers.write(tokenizer_lib.from_bytes(content), folder)

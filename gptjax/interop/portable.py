@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -180,8 +181,8 @@ class WeightReader:
     def __init__(self, checkpoint: epath.PathLike, weights: Mapping[str, Weight]) -> None:
         self._checkpoint, self._weights = epath.Path(checkpoint), weights
         self._meta = reading.read_meta(self._checkpoint)
-        stored = arrays.stored_shapes(self._checkpoint / "params")
-        self._reader = array_stream.ArraysReader(self._checkpoint / "params", stored)  # type: ignore[arg-type]
+        sliced_dims = {weight.path: len(weight.index) for weight in weights.values()}
+        self._reader = array_stream.ArraysReader(pathlib.Path(checkpoint) / "params", sliced_dims)
 
     @property
     def checksums(self) -> Mapping[str, int]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+MAX_LAYERS = 1024
+"""Of a config to be believed: layers are listed one by one."""
+MAX_EXPERTS = 4096
+"""Likewise of one layer."""
+_MAX_SIZE = 2**31 - 1
 
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.
 _WITHOUT_MEANING = frozenset(
@@ -15,7 +22,8 @@ _WITHOUT_MEANING = frozenset(
     keys_to_ignore_at_inference output_attentions output_hidden_states return_dict is_encoder_decoder
     chunk_size_feed_forward id2label label2id problem_type finetuning_task tf_legacy_loss unk_token_id sep_token_id
     auto_map n_ctx summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj initial_context_length cache_implementation""".split()
+    summary_type summary_use_proj initial_context_length cache_implementation _attn_implementation_autoset _num_labels
+    tokenizer_class is_llama_config transformers.js_config unsloth_fixed unsloth_version""".split()
 )
 
 
@@ -38,7 +46,7 @@ class ConfigReader:
         """The value of a key; absent and null mean the default, without which the key is required.
 
         Raises:
-          ValueError: if it is missing or of another type.
+          ValueError: if it is missing, of another type, or not finite.
         """
         self._left.discard(name)
         value = self._values.get(name)
@@ -46,15 +54,41 @@ class ConfigReader:
             if default is None:
                 raise ValueError(f"{self.path}: {name}: missing; expected {kind.__name__}")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) in (int, float):
+            if not abs(value) <= sys.float_info.max:  # JSON as Python reads it has NaN, and numbers of any length
+                raise ValueError(f"{self.path}: {name}: got {value!r:.40}, expected a finite number")
             return float(value)  # type: ignore[return-value]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.path}: {name}: got {value!r}, expected {kind.__name__}")
         return value
 
-    def optional(self, name: str, kind: type[T]) -> T | None:
-        """The value of a key, None where it is absent or null."""
+    def size(self, name: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
+        """A number of things, at least one.
+
+        Raises:
+          ValueError: if it is missing, another type, or out of range.
+        """
+        value = self.take(name, int, default)
+        if not 1 <= value <= most:
+            raise ValueError(f"{self.path}: {name}: got {value}, expected 1 to {most}")
+        return value
+
+    def known_as(self, *names: str) -> str:
+        """The name that the config has a key under, of those that it goes by, the usual one first.
+
+        Raises:
+          ValueError: if it is there twice with different values.
+        """
+        found = [name for name in names if name in self]
+        for other in found[1:]:
+            self.require(other, self._values[found[0]])
+        return found[0] if found else names[0]
+
+    def optional(self, name: str, kind: type[T], *, absent: T | None = None) -> T | None:
+        """The value of a key, None where it is null, `absent` where it is absent."""
         self._left.discard(name)
+        if name not in self._values:
+            return absent
         return self.take(name, kind) if name in self else None
 
     def require(self, name: str, *allowed: Any, default: Any = None) -> Any:
@@ -86,6 +120,13 @@ class ConfigReader:
         """Raises:
         ValueError: naming the keys that nobody took.
         """
+        if "quantization_config" in self._left:
+            packed = self._values["quantization_config"]
+            method = packed.get("quant_method") if isinstance(packed, dict) else packed
+            raise ValueError(
+                f"{self.path}: quantization_config: got weights packed by {method!r}, expected float32, bfloat16 or "
+                "float16; unpack them with the library that packed them, and import the result"
+            )
         if self._left:
             name = sorted(self._left)[0]
             others = (

@@ -22,6 +22,8 @@ from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.types import Params
 
+_BUCKET_TOKENS = 128
+
 
 class Runner(Protocol):
     """One implementation with one model in it.
@@ -61,7 +63,11 @@ class GptjaxRunner:
         return cls(meta.model, params, None if content is None else tokenizer_lib.from_bytes(content))
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        return np.asarray(_logits(self.model, self.params, np.asarray([tokens], np.int32))[0])
+        # Causal models do not see what follows, so few programs are compiled for all lengths.
+        size = min(self.model.seq_len, -(-len(tokens) // _BUCKET_TOKENS) * _BUCKET_TOKENS)
+        row = np.zeros((1, max(size, len(tokens)) if self.model.causal else len(tokens)), np.int32)
+        row[0, : len(tokens)] = tokens
+        return np.asarray(_logits(self.model, self.params, row)[0, : len(tokens)])
 
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         config = GenerateConfig(max_new_tokens=num_tokens)

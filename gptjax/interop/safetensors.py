@@ -68,6 +68,15 @@ class Stored:
                 view, position = view[count:], position + count
         return data.view(self.dtype).reshape(self.shape)
 
+    def write(self, value: np.ndarray) -> None:
+        """Puts the values in their place."""
+        assert value.shape == self.shape and value.dtype == self.dtype, f"{self}: {value.dtype} {value.shape}"
+        view, position = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self.offset
+        with self.file.open("r+b", buffering=0) as file:
+            while view:
+                count = os.pwrite(file.fileno(), view, position)
+                view, position = view[count:], position + count
+
 
 class SafetensorsFolder(Mapping[str, Stored]):
     """The tensors of a folder: one file, or those that its index names.
@@ -215,13 +224,7 @@ class SafetensorsWriter:
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, value: np.ndarray) -> None:
-        place = self._places[name]
-        assert value.shape == place.shape and value.dtype == place.dtype, f"{name}: {value.dtype} {value.shape}"
-        view, position = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, place.offset
-        with place.file.open("r+b", buffering=0) as file:
-            while view:
-                count = os.pwrite(file.fileno(), view, position)
-                view, position = view[count:], position + count
+        self._places[name].write(value)
 
 
 def _create(path: pathlib.Path, tensors: Mapping[str, tuple[Shape, np.dtype]]) -> dict[str, Stored]:

@@ -49,6 +49,14 @@ class Source:
     files: tuple[pathlib.Path, ...]
     raw_config: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        size = 0 if self.tokenizer is None else self.tokenizer.vocab_size
+        if size > self.model.vocab_size:
+            raise ValueError(
+                f"{self.path}: the tokenizer has {size} ids and the model {self.model.vocab_size}: those from "
+                f"{self.model.vocab_size} on would have no embedding; put the tokenizer of this model there"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Tells this source from another without reading it: names, sizes and times of its files."""
         stats = {file.name: file.stat() for file in self.files}

@@ -77,18 +77,22 @@ class Journal:
 def run(
     tasks: Sequence[Tensor],
     work: Callable[[Tensor], Any],
-    journal: Journal,
+    journal: Journal | None,
     *,
     label: str,
     num_threads: int | None = None,
 ) -> None:
     """Calls `work(task)` for each task that the journal lacks, and notes its result there.
 
+    Args:
+      journal: None where nothing is kept, and all is done.
+
     At a time so many run as hold twice their tensors' bytes within a budget, which the largest has alone.
     """
     line = BytesLine(label, sum(task.num_bytes for task in tasks))
-    left = [task for task in tasks if task.name not in journal.notes]
-    line.skip(sum(task.num_bytes for task in tasks if task.name in journal.notes))
+    done = set() if journal is None else journal.notes.keys()
+    left = [task for task in tasks if task.name not in done]
+    line.skip(sum(task.num_bytes for task in tasks if task.name in done))
     budget = _Budget(max([_MEMORY_BYTES, *(2 * task.num_bytes for task in left)]))
     failed = threading.Event()
 
@@ -97,7 +101,9 @@ def run(
             return
         with budget.held(2 * task.num_bytes):
             try:
-                journal.add(task.name, work(task))
+                note = work(task)
+                if journal is not None:
+                    journal.add(task.name, note)
             except BaseException:
                 failed.set()
                 raise

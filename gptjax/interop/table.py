@@ -53,6 +53,9 @@ class Family:
       read_config: their config to ours; it takes every key that matters, and what it leaves is refused.
       write_config: the keys of their config for one of ours; need not check that the family can express it.
       ignored: patterns of tensors without information of their own (old buffers).
+      prefix: of all names but the head's, which files of the model without its head lack.
+      adapt: their tensors as they were found to those that the rows name: what is packed is then unpacked when it is
+        read, and what the model does not compute with is left out.
     """
 
     name: str
@@ -61,6 +64,12 @@ class Family:
     read_config: Callable[[ConfigReader], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     ignored: tuple[str, ...] = ()
+    prefix: str = "model."
+    adapt: Callable[[Mapping[str, Any], ModelConfig], Mapping[str, Any]] = lambda tensors, model: tensors
+
+    def name_of(self, ours: str) -> str:
+        """The tensor of theirs that holds a parameter of the whole model."""
+        return next(row.theirs for row in self.rows if row.ours == ours)
 
 
 @dataclass(frozen=True)
@@ -167,21 +176,23 @@ def family_of(model: ModelConfig, families: Mapping[str, Family], *, name: str |
     """
     if name is not None and name not in families:
         raise ValueError(f"family {name!r}: unknown; expected one of {', '.join(sorted(families))}")
-    nearest: list[str] | None = None
-    nearest_name = ""
+    lost: dict[str, list[str]] = {}
+    refused: dict[str, str] = {}  # another kind of model altogether
     for family in [families[name]] if name is not None else families.values():
         try:
-            differences = _lost(family, model)
+            lost[family.name] = _lost(family, model)
         except (ValueError, AssertionError, AttributeError, TypeError, KeyError) as error:
-            differences = [str(error)] * 1000  # another kind of model altogether
-        if not differences:
+            refused[family.name] = str(error)
+            continue
+        if not lost[family.name]:
             return family
-        if nearest is None or len(differences) < len(nearest):
-            nearest, nearest_name = differences, family.name
-    assert nearest is not None
+    if not lost:
+        reasons = "; ".join(f"{family}: {reason}" for family, reason in refused.items())
+        raise ValueError(f"no model family of other frameworks has this architecture: {reasons}")
+    nearest = min(lost, key=lambda family: len(lost[family]))
     raise ValueError(
-        f"no model family of other frameworks has this architecture; the nearest is {nearest_name}, which differs in: "
-        + "; ".join(nearest[:6])
+        f"no model family of other frameworks has this architecture; the nearest is {nearest}, where (its -> this "
+        f"model's) {'; '.join(lost[nearest][:6])}"
     )
 
 
@@ -197,9 +208,12 @@ def read_config(family: Family, values: Mapping[str, Any], *, path: str) -> Mode
       ValueError: naming the key that is missing, mistyped, unknown or not supported.
     """
     reader = ConfigReader(values, path=path)
-    model = family.read_config(reader)
-    reader.finish()
-    config_lib.check(model)
+    try:
+        model = family.read_config(reader)
+        reader.finish()
+        config_lib.check(model)
+    except ValueError as error:  # our own configs' do not know of the file
+        raise error if str(error).startswith(path) else ValueError(f"{path}: {error}") from error
     return model
 
 
@@ -221,27 +235,49 @@ def inference_form(model: ModelConfig) -> ModelConfig:
 
 def group_layers(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:
     """Layers in as few groups as a repeated pattern allows: equal layers first, then the pattern, then the rest."""
-    best: tuple[LayerGroup, ...] | None = None
-    first = 0
-    while first < len(blocks) and blocks[first] == blocks[0]:
-        first += 1
-    for lead in dict.fromkeys((0, first)):
-        rest = blocks[lead:]
-        for period in range(1, len(rest) + 1):
-            repeats = next((r for r in range(len(rest) // period, 0, -1) if _repeats(rest, period, r)), 1)
-            tail = rest[repeats * period :]
-            if repeats == 1 and period < len(rest):
+    assert blocks, "a model has layers"
+    known: dict[BlockConfig, int] = {}
+    kinds = [known.setdefault(block, len(known)) for block in blocks]
+    best: list[_Grouping] = [()] * (len(kinds) + 1)  # of the layers from each on
+    for start in reversed(range(len(kinds))):
+        best[start] = _best_grouping(kinds, start, best)
+    groups, start = [], 0
+    for period, repeats in best[0]:
+        groups.append(LayerGroup(pattern=tuple(blocks[start : start + period]), repeats=repeats))
+        start += period * repeats
+    return tuple(groups)
+
+
+_Grouping = tuple[tuple[int, int], ...]  # the length and repeats of each group's pattern
+
+
+def _best_grouping(kinds: Sequence[int], start: int, best: Sequence[_Grouping]) -> _Grouping:
+    """Of the layers from `start` on, given those of all shorter rests."""
+    found: _Grouping | None = None
+    equal = _num_repeats(kinds, start, 1)
+    for lead in (0, equal):
+        first = start + lead
+        leading: _Grouping = ((1, lead),) if lead else ()
+        for period in range(1, len(kinds) - first + 1):
+            if found is not None and _size((*leading, (period, 1))) >= _size(found):
+                break
+            repeats = _num_repeats(kinds, first, period)
+            if repeats == 1 and first + period < len(kinds):
                 continue
-            groups = [LayerGroup(pattern=(blocks[0],), repeats=lead)] if lead else []
-            groups.append(LayerGroup(pattern=tuple(rest[:period]), repeats=repeats))
-            if tail:
-                groups.extend(group_layers(tail))
-            size = sum(len(group.pattern) for group in groups) + len(groups)
-            if best is None or size < sum(len(group.pattern) for group in best) + len(best):
-                best = tuple(groups)
-    assert best is not None, "a model has layers"
-    return best
+            candidate = (*leading, (period, repeats), *best[first + period * repeats])
+            if found is None or _size(candidate) < _size(found):
+                found = candidate
+    assert found is not None, "all of them once are one"
+    return found
 
 
-def _repeats(blocks: Sequence[BlockConfig], period: int, repeats: int) -> bool:
-    return all(blocks[i] == blocks[i % period] for i in range(period * repeats))
+def _size(grouping: _Grouping) -> int:
+    return sum(period for period, _ in grouping) + len(grouping)
+
+
+def _num_repeats(kinds: Sequence[int], start: int, period: int) -> int:
+    """How often the pattern of that length at `start` comes one after another."""
+    end = start + period
+    while end < len(kinds) and kinds[end] == kinds[end - period]:
+        end += 1
+    return (end - start) // period

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
+from gptjax.checkpoint import arrays
 from gptjax.checkpoint import store as store_lib
 from gptjax.checkpoint.store import CheckpointStore, restore_params
 from gptjax.parallel import rules
@@ -224,3 +226,26 @@ def test_assets_lie_as_files_and_read_alone(store):
     assert (store.directory / "1" / "assets" / "vocab.json").read_bytes() == b"{}"
     assert store_lib.read_assets(store.directory / "1") == {"vocab.json": b"{}"}
     assert store_lib.read_meta(store.directory / "1").tokenizer == "ab12"
+
+
+def test_a_large_stack_of_layers_is_stored_a_layer_apart(tmp_path, monkeypatch):
+    """So that one layer can be read without memory for all."""
+    monkeypatch.setattr(arrays, "_STACK_BYTES", 1000)
+    params = {
+        "group_0": {"w": jnp.arange(4.0 * 8 * 16).reshape(4, 8, 16), "scale": jnp.ones((4, 8))},
+        "embed": jnp.ones((300, 8)),
+    }
+    directory = tmp_path / "run"
+    with CheckpointStore(directory) as store:
+        store.save(1, meta=tiny.meta(), params=params)
+    path = directory / "ckpt" / "1" / "params"
+    chunks = {
+        name: tensorstore.open(
+            {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}}, open=True
+        )
+        .result()
+        .chunk_layout.read_chunk.shape
+        for name in ("group_0.w", "group_0.scale", "embed")
+    }
+    assert chunks == {"group_0.w": (1, 8, 16), "group_0.scale": (4, 8), "embed": (300, 8)}
+    assert jnp.array_equal(restore_params(directory)[1]["group_0"]["w"], params["group_0"]["w"])

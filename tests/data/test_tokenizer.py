@@ -73,6 +73,7 @@ def test_long_text_is_encoded_in_parts_without_loss(bpe, monkeypatch):
 def test_special_ids_are_apart_and_stand_for_nothing(bpe):
     ids = [bpe.pad_id, bpe.bos_id, bpe.eos_id, bpe.unk_id, bpe.mask_id]
     assert ids == [0, 1, 2, 3, 4]
+    assert bpe.eos_ids == (2,) and bpe.special_ids == {0, 1, 2, 3, 4}
     assert bpe.decode([1, *bpe.encode("a b"), 2, 0, 0]) == "a b"
     assert bpe.vocab_size == len(bpe.pieces) == 600
 

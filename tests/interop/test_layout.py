@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gptjax.interop.layout import Alternating, Flat, Joined, Linear, PairedRotation, Same
+from gptjax.interop.layout import Alternating, Flat, Joined, JoinedHeads, Linear, PairedRotation, Same
 
 CASES = {
     "same": (Same(), [(3, 4)], (3, 4)),
@@ -14,8 +14,10 @@ CASES = {
     "joined": (Joined((Flat(1), Flat(1)), axis=1), [(5, 2, 3), (5, 1, 3)], (5, 9)),
     "joined rows": (Joined((Linear(), Linear()), axis=0), [(5, 2, 3), (5, 1, 3)], (9, 5)),
     "alternating": (Alternating(), [(2, 5, 3), (2, 5, 3)], (2, 5, 6)),
+    "joined heads": (JoinedHeads(), [(5, 2, 3), (5, 2, 4)], (14, 5)),
     "pairs": (PairedRotation(Linear(), rotated=4), [(5, 2, 4)], (8, 5)),
     "pairs at the end": (PairedRotation(Linear(), rotated=4, offset=3), [(5, 7)], (7, 5)),
+    "pairs at the end of a vector": (PairedRotation(Same(), rotated=4, offset=3), [(7,)], (7,)),
 }
 
 
@@ -42,3 +44,9 @@ def test_neighbouring_pairs_become_halves():
 def test_gate_and_up_take_turns():
     gate, up = Alternating().to_ours(np.array([[1, -1, 2, -2]]), [(1, 2), (1, 2)])
     assert gate.tolist() == [[1, 2]] and up.tolist() == [[-1, -2]]
+
+
+def test_heads_are_joined_head_by_head():
+    theirs = np.array([[0], [1], [2], [10], [11], [12]])  # two heads of a key of two and a value of one
+    key, value = JoinedHeads().to_ours(theirs, [(1, 2, 2), (1, 2, 1)])
+    assert key.tolist() == [[[0, 1], [10, 11]]] and value.tolist() == [[[2], [12]]]

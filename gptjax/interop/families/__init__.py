@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from gptjax.interop.families import llama
+from gptjax.interop.families import deepseek_v3, gemma3, gpt2, gpt_oss, llama, mixtral, qwen3, qwen3_moe
 from gptjax.interop.table import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (llama.LLAMA, llama.MISTRAL)}
+_ALL = (
+    gpt2.GPT2,
+    llama.LLAMA,
+    llama.MISTRAL,
+    qwen3.QWEN3,
+    gemma3.GEMMA3,
+    mixtral.MIXTRAL,
+    qwen3_moe.QWEN3_MOE,
+    deepseek_v3.DEEPSEEK_V3,
+    gpt_oss.GPT_OSS,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """By Hugging Face's `model_type`; the first that expresses a model is the one it is exported as."""

@@ -14,29 +14,32 @@ from gptjax.interop.reader import ConfigReader
 from gptjax.nn.config import RopeConfig, RopeScaling
 
 
-def read(reader: ConfigReader, *, theta: float, seq_len: int, layer_type: str | None = None) -> RopeConfig:
-    """The rotation of a model's layers.
+def read(reader: ConfigReader, *, theta: float, seq_len: int) -> RopeConfig:
+    """The rotation of all of a model's layers.
 
     Args:
       theta: where the config names none.
       seq_len: the context, from which some scalings count.
-      layer_type: with parameters by type of layer, whose.
     """
-    fraction = reader.take("partial_rotary_factor", float, 1.0)
-    section = reader.section("rope_parameters")
-    if section is not None and layer_type is not None and layer_type in section:
-        nested = section.section(layer_type)
-        assert nested is not None, "it is there"
-        section = nested
+    theta = reader.take("rope_theta", float, theta)
+    # Of the two forms together transformers takes the older.
+    newer, older = reader.section("rope_parameters"), reader.section("rope_scaling")
+    return read_section(reader, older or newer, theta=theta, seq_len=seq_len)
+
+
+def read_section(reader: ConfigReader, section: ConfigReader | None, *, theta: float, seq_len: int) -> RopeConfig:
+    """The rotation that a section of the config describes, or of `theta` alone where there is none.
+
+    Raises:
+      ValueError: for a kind of scaling, or a partial rotation, that is not supported.
+    """
+    # The layers of these families rotate whole heads, whatever their config says.
+    reader.require("partial_rotary_factor", 1.0, default=1.0)
     if section is None:
-        theta = reader.take("rope_theta", float, theta)
-        section = reader.section("rope_scaling")
-    else:
-        theta = section.take("rope_theta", float, theta)
-        fraction = section.take("partial_rotary_factor", float, fraction)
-        reader.ignore(["rope_theta", "rope_scaling"])
-    scaling = None if section is None else _scaling(section, seq_len)
-    return RopeConfig(theta=theta, fraction=fraction, scaling=scaling)
+        return RopeConfig(theta=theta)
+    section.require("partial_rotary_factor", 1.0, default=1.0)
+    theta = section.take("rope_theta", float, theta)
+    return RopeConfig(theta=theta, scaling=_scaling(section, seq_len))
 
 
 def _scaling(section: ConfigReader, seq_len: int) -> RopeScaling | None:
@@ -44,12 +47,14 @@ def _scaling(section: ConfigReader, seq_len: int) -> RopeScaling | None:
     kind = section.require(
         "type" if old_name else "rope_type", "default", "linear", "llama3", "yarn", default="default"
     )
-    section.ignore(["type", "rope_theta"])
+    section.ignore(["type"])
     if kind == "default":
         section.ignore(["factor"])
         section.finish()
         return None
     factor = section.take("factor", float)
+    if not factor > 0:
+        raise ValueError(f"{section.path}: factor: got {factor}, expected above 0")
     if kind == "linear":
         section.ignore(["original_max_position_embeddings"])
         section.finish()
@@ -77,13 +82,17 @@ def _scaling(section: ConfigReader, seq_len: int) -> RopeScaling | None:
 
 
 def write(rope: RopeConfig) -> dict[str, Any]:
-    """The keys of a config for one rotation of all layers."""
+    """The keys of a config for one rotation of all layers; they cannot say that it is of a part of each head."""
     keys: dict[str, Any] = {"rope_theta": rope.theta}
-    if rope.fraction != 1.0:
-        keys["partial_rotary_factor"] = rope.fraction
     if rope.scaling is not None:
         keys["rope_scaling"] = write_scaling(rope.scaling)
     return keys
+
+
+def write_section(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters` of a config since transformers 5, for one type of layer."""
+    scaling = {"rope_type": "default"} if rope.scaling is None else write_scaling(rope.scaling)
+    return {"rope_theta": rope.theta, **scaling}
 
 
 def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
@@ -94,9 +103,7 @@ def write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.kind == "llama3":
         keys |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":
-        keys |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
-        optional = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-        keys |= {name: value for name, value in optional.items() if value}
-        if scaling.attention_factor is not None:
-            keys["attention_factor"] = scaling.attention_factor
+        names = ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor")
+        plain = RopeScaling(kind="yarn", factor=1.0, original_seq_len=1)
+        keys |= {name: getattr(scaling, name) for name in names if getattr(scaling, name) != getattr(plain, name)}
     return keys

@@ -1,1 +1,39 @@
-"""Implementations of other frameworks, each in a file of its own, as judges of what was exported."""
+"""The peers' own implementations, which judge conversions; each file needs its peer's package."""
+
+from __future__ import annotations
+
+import pathlib
+
+from gptjax.interop.runner import Runner
+from gptjax.interop.source import Source
+
+
+def for_source(source: Source) -> Runner:
+    """Who can run what a source holds.
+
+    Raises:
+      ImportError: if it is not installed; the message says what to install.
+    """
+    if source.format == "gguf":
+        from gptjax.interop.referees import llama_cpp
+
+        return llama_cpp.of_source(source)
+    return for_artefact(source.format, source.path)
+
+
+def for_artefact(format: str, path: pathlib.Path) -> Runner:
+    """Who can run an artefact of a format.
+
+    Raises:
+      ImportError: if it is not installed; the message says what to install.
+    """
+    match format:
+        case "hf":
+            from gptjax.interop.referees.hf import TransformersRunner
+
+            return TransformersRunner(path)
+        case "gguf":
+            from gptjax.interop.referees import llama_cpp
+
+            return llama_cpp.of_file(path)
+    raise ImportError(f"nobody here runs {format}")

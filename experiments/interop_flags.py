@@ -1,0 +1,73 @@
+"""Flags and output that importing and exporting share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+if TYPE_CHECKING:
+    from gptjax.interop.certificate import Certificate
+
+REJECTED = 3
+
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast the values; kept unless told.")
+_PROOF = flags.DEFINE_enum(
+    "proof", "run", ["run", "values"], "run: run both models side by side; values: only compare what was written."
+)
+_TRACE = flags.DEFINE_bool("trace", False, "Compare the output of every layer, where the peer shows them.")
+_THREADS = flags.DEFINE_integer("num_threads", None, "Tensors in work at a time; as many as cores.", lower_bound=1)
+
+
+def options() -> dict[str, Any]:
+    """The arguments that `importing.import_model` and `exporting.export` share."""
+    import jax.numpy as jnp
+
+    return {
+        "dtype": None if _DTYPE.value is None else jnp.dtype(_DTYPE.value),
+        "proof": _PROOF.value,
+        "trace": _print_trace if _TRACE.value else None,
+        "num_threads": _THREADS.value,
+    }
+
+
+def run(convert: Callable[[], Certificate], *, path: str) -> int:
+    """Carries out a conversion, prints its certificate, and returns the exit status."""
+    from gptjax.interop.publish import RejectedError
+
+    try:
+        certificate = convert()
+    except RejectedError as error:
+        print(table(error.certificate))
+        print(f"error: {error}", file=sys.stderr)
+        return REJECTED
+    print(table(certificate))
+    print(f"{path}: accepted; certificate.json beside it has the hashes and versions")
+    return 0
+
+
+def table(certificate: Certificate) -> str:
+    """The certificate as people read it."""
+    lines = [f"{certificate.kind}: {certificate.num_params:,} parameters, {certificate.dtype}"]
+    lines += [f"  {name:<8} {peer}" for name, peer in certificate.referees.items()]
+    if certificate.values:
+        lines.append(f"  values   {certificate.values}")
+    if certificate.comparisons:
+        lines.append(f"  {'prompt':<18}{'max |dlogit|':>14}{'mean KL, nats':>15}{'greedy tokens':>15}")
+    for row in certificate.comparisons:
+        figures = (_figure(row.max_logit_difference), _figure(row.mean_kl_nats), f"{row.greedy_agreement:.0%}")
+        lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
+    if certificate.tokenizer is not None:
+        total = certificate.tokenizer.num_strings
+        lines.append(f"  tokenizer: ids of {total - len(certificate.tokenizer.different)} of {total} strings are equal")
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "not shown" if value is None else f"{value:.2e}"
+
+
+def _print_trace(line: str) -> None:
+    print(f"  {line}", flush=True)

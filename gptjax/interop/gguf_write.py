@@ -1,0 +1,238 @@
+"""Writes GGUF files for llama.cpp, a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from absl import logging
+from etils import epath
+
+from gptjax.checkpoint import reading
+from gptjax.checkpoint.meta import model_differences
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.interop import gguf_names, gguf_rope, gguf_tokenizer, stream
+from gptjax.interop.checkpoint import CheckpointTensors
+from gptjax.interop.families import FAMILIES
+from gptjax.interop.gguf import ARCHITECTURES, read_model
+from gptjax.interop.gguf_config import Architecture, Found
+from gptjax.interop.gguf_file import GgufFile, gguf_package, write_header
+from gptjax.interop.gguf_names import Place
+from gptjax.interop.layout import Shape
+from gptjax.interop.source import Source
+from gptjax.interop.table import Family, family_of, inference_form, units
+from gptjax.nn.config import ModelConfig
+
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
+
+# llama.cpp keeps these in float32: they are small, and it looks for nothing else.
+_FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+_WRITE_VALUES = 1 << 22
+# Where few bits cost most, for what they save.
+_OUTER = ("token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written.
+
+    Attributes:
+      tensors: shape and ggml's type of each, by name.
+      places: where each tensor of Hugging Face's goes.
+    """
+
+    architecture: Architecture
+    family: Family
+    metadata: dict[str, Any]
+    tensors: Mapping[str, tuple[Shape, int]]
+    places: Mapping[str, Place]
+    rope_factors: np.ndarray | None
+
+
+def write(
+    checkpoint: epath.PathLike,
+    file: pathlib.Path,
+    *,
+    quantization: Quantization = "f16",
+    family_name: str | None = None,
+    name: str = "gptjax",
+    num_threads: int | None = None,
+) -> Family:
+    """Writes the GGUF file of a checkpoint; goes on with what an earlier call left.
+
+    Vectors, norms and routers are float32. Rows that are no whole blocks are float16, which is logged. With `q4_0`
+    the embedding and the head are `q8_0`.
+
+    Args:
+      family_name: as `model_type` names it; None takes the first that expresses the model.
+      name: of the model, in the metadata.
+
+    Raises:
+      ValueError: if llama.cpp cannot run the model or its tokenizer, or the checkpoint is damaged.
+    """
+    meta = reading.read_meta(epath.Path(checkpoint))
+    content = reading.read_assets(epath.Path(checkpoint)).get(tokenizer_lib.FILE_NAME)
+    tokenizer = None if content is None else tokenizer_lib.from_bytes(content)
+    plan = make_plan(meta.model, quantization=quantization, family_name=family_name)
+    job = {"checkpoint": meta.checksums, "quantization": quantization, "family": plan.family.name}
+    journal = stream.Journal(file.with_name(file.name + ".journal"), job=job)
+    header = _create(file, plan, tokenizer, name=name, vocab_size=meta.model.vocab_size)
+    tensors = CheckpointTensors(checkpoint, plan.family, meta.model, dtype=None)
+
+    def convert(task: stream.Tensor) -> list[int]:
+        value, sums = tensors[task.name].read_with_sums()
+        _put(header, plan.places[task.name], value)
+        return sums
+
+    names = sorted(tensors, key=lambda key: (tensors[key].unit.ours[0].path, tensors[key].unit.ours[0].index))
+    stream.run(_tasks(tensors, names), convert, journal, label="export", num_threads=num_threads)
+    tensors.verify(journal.notes)
+    journal.remove()
+    return plan.family
+
+
+def write_source(source: Source, file: pathlib.Path, *, quantization: Quantization = "f32") -> None:
+    """Writes what a source of any format holds, such as the values of a quantised file in float32.
+
+    Raises:
+      ValueError: if llama.cpp cannot run the model or its tokenizer.
+    """
+    plan = make_plan(source.model, quantization=quantization, family_name=source.family.name)
+    header = _create(file, plan, source.tokenizer, name=source.path.stem, vocab_size=source.model.vocab_size)
+
+    def convert(task: stream.Tensor) -> None:
+        _put(header, plan.places[task.name], source.tensors[task.name].read())
+
+    stream.run(_tasks(source.tensors, list(plan.places)), convert, None, label="for llama.cpp")
+
+
+def _create(file: pathlib.Path, plan: Plan, tokenizer: Tokenizer | None, *, name: str, vocab_size: int) -> GgufFile:
+    metadata = plan.metadata | {"general.name": name} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
+    header = write_header(file, metadata, plan.tensors)
+    if plan.rope_factors is not None:
+        header.tensors[gguf_rope.FACTORS_TENSOR].write(plan.rope_factors)
+    return header
+
+
+def _tasks(tensors: Mapping[str, Any], names: Sequence[str]) -> list[stream.Tensor]:
+    """What is written passes through float32."""
+    return [stream.Tensor(name, tuple(tensors[name].shape), np.dtype(np.float32)) for name in names]
+
+
+def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: str | None = None) -> Plan:
+    """Decides what a file of the model holds.
+
+    Raises:
+      ValueError: if llama.cpp cannot run the model.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization {quantization!r}: expected one of {', '.join(QUANTIZATIONS)}")
+    family = family_of(model, FAMILIES, name=family_name)
+    architecture = next((each for each in ARCHITECTURES.values() if family.name in each.families), None)
+    if architecture is None:
+        raise ValueError(f"family {family.name}: llama.cpp's architecture for it is not supported; export it as hf")
+    written = architecture.write(family.write_config(model))
+    places = gguf_names.places(
+        architecture.name,
+        units(family, model),
+        model,
+        move_of=architecture.move_of,
+        renamed=architecture.renamed,
+    )
+    shapes = {
+        theirs: shape
+        for place in places.values()
+        for theirs, shape in zip(place.names, place.whole_shapes(), strict=True)
+    }
+    metadata = {f"{architecture.name}.{key}": value for key, value in written.keys.items()}
+    _check(architecture, metadata, Found(shapes, written.rope_factors), model)
+    kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
+    tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
+    if written.rope_factors is not None:
+        tensors[gguf_rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
+    general = {
+        "general.architecture": architecture.name,
+        "general.type": "model",
+        "general.file_type": int(gguf_package().LlamaFileType[_FILE_TYPES[quantization]]),
+        "general.quantization_version": gguf_package().GGML_QUANT_VERSION,
+    }
+    return Plan(architecture, family, general | metadata, tensors, places, written.rope_factors)
+
+
+_FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
+
+
+def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found, model: ModelConfig) -> None:
+    """What llama.cpp would make of the metadata has to be the model."""
+    # Numbers as a file keeps them.
+    kept = {
+        key: float(str(np.float32(value))) if isinstance(value, float) else value for key, value in metadata.items()
+    }
+    _, _, read = read_model(architecture, kept, found, path="gguf")
+    lost = model_differences(inference_form(read), inference_form(model))
+    if lost:
+        raise ValueError(
+            f"llama.cpp's architecture {architecture.name} cannot be told all of this model, which differs in: "
+            + "; ".join(lost[:6])
+        )
+
+
+def _type(quantization: str) -> int:
+    return int(gguf_package().GGMLQuantizationType[quantization.upper()])
+
+
+def _kind(name: str, shape: Shape, quantization: Quantization) -> int:
+    if len(shape) == 1 or name.endswith((*_FLOAT32, ".bias")) or quantization == "f32":
+        return _type("f32")
+    kind = _type("q8_0" if quantization == "q4_0" and name in _OUTER else quantization)
+    block = gguf_package().GGML_QUANT_SIZES[kind][0]
+    if shape[-1] % block:
+        logging.info("gguf: %s is written in f16: its rows of %d are no blocks of %d", name, shape[-1], block)
+        return _type("f16")
+    return kind
+
+
+def _put(header: GgufFile, place: Place, value: np.ndarray) -> None:
+    for name, part in zip(place.names, place.move.to_gguf(value), strict=True):
+        tensor = header.tensors[name]
+        tensor = tensor if place.expert is None else tensor.part(place.expert)
+        if len(tensor.shape) == 1:
+            tensor.write(quantize(part, tensor.kind, name=name))
+            continue
+        # What quantising needs besides is then a small part of the tensor.
+        step = max(_WRITE_VALUES // math.prod(tensor.shape[1:]), 1)
+        for start in range(0, tensor.shape[0], step):
+            rows = tensor.rows(start, min(start + step, tensor.shape[0]))
+            rows.write(quantize(part[start : start + step], tensor.kind, name=name))
+
+
+def quantize(value: np.ndarray, kind: int, *, name: str) -> np.ndarray:
+    """Values in one of ggml's types, as the `gguf` package rounds them.
+
+    Raises:
+      ValueError: if float16 cannot hold them.
+    """
+    gguf = gguf_package()
+    if kind == _type("bf16") and value.dtype == ml_dtypes.bfloat16:
+        return value  # through float32 it would be the same but for some NaNs
+    values = np.ascontiguousarray(value, np.float32)
+    with np.errstate(over="ignore"):
+        raw = gguf.quantize(values.reshape(-1, values.shape[-1]), gguf.GGMLQuantizationType(kind))
+    if kind == _type("f16") and not np.isfinite(raw).all() and np.isfinite(values).all():
+        largest = float(np.abs(values).max())
+        raise ValueError(f"{name}: values up to {largest:.4g} are too large for float16; export as bf16 or f32")
+    assert raw.nbytes == math.prod(value.shape) * gguf.GGML_QUANT_SIZES[kind][1] // gguf.GGML_QUANT_SIZES[kind][0]
+    return raw

@@ -1,0 +1,178 @@
+"""In, out, killed in between, damaged on the way, and judged: the commands on a model made here."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.interop import exporting, hf, importing, stream
+from gptjax.interop.publish import RejectedError
+from tests.tiny import TINY, random_params
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def saved(tmp_path, spec=TINY, *, name="run"):
+    """A checkpoint as training saves it, and its parameters."""
+    model = spec.build()
+    params = random_params(model)
+    with CheckpointStore(tmp_path / name) as store:
+        store.save(3, meta=meta_lib.make(model), params=jax.tree.map(np.asarray, params))
+    return tmp_path / name, params
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_out_and_in_again_is_the_same_to_the_bit(tmp_path):
+    run, params = saved(tmp_path)
+    found = exporting.export(run, tmp_path / "hf", format="hf", max_shard_bytes=4000)
+    assert found.accepted and (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    back = importing.import_model(tmp_path / "hf", tmp_path / "back")
+    assert back.accepted and "read back equal" in back.values
+    loaded = gptjax.load(tmp_path / "back")
+    assert same(loaded.params, params)
+    assert loaded.config.blocks == TINY.build().blocks
+    assert loaded.meta.lineage[0]["family"] == "llama"
+    assert same(gptjax.load(tmp_path / "hf").params, params)
+    written = json.loads((tmp_path / "back" / "certificate.json").read_text())
+    assert written["accepted"] and set(written["source"]["sha256"]) >= {"config.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "run"]
+
+
+def test_a_cast_is_within_the_tolerance_of_its_dtype(tmp_path):
+    run, params = saved(tmp_path)
+    found = exporting.export(run, tmp_path / "hf", format="hf", dtype=np.dtype("bfloat16"))
+    assert found.accepted
+    assert max(row.max_logit_difference for row in found.comparisons) > 1e-4  # it was cast
+    loaded = gptjax.load(tmp_path / "hf").params
+    assert same(loaded, jax.tree.map(lambda x: x.astype("bfloat16"), params))
+
+
+def test_another_model_is_rejected_and_says_where_it_differs(tmp_path, monkeypatch):
+    run, _ = saved(tmp_path)
+    honest = hf.write
+
+    def forged(checkpoint, folder, **options):
+        family = honest(checkpoint, folder, **options)
+        tensor = hf.SafetensorsFolder(folder)["model.layers.1.self_attn.k_proj.weight"]
+        with tensor.file.open("r+b") as file:  # heads swapped: every sum over the file is as before
+            value = tensor.read()
+            file.seek(tensor.offset)
+            file.write(np.ascontiguousarray(value[::-1]).tobytes())
+        return family
+
+    monkeypatch.setattr(hf, "write", forged)
+    with pytest.raises(RejectedError, match="layer 1") as error:
+        exporting.export(run, tmp_path / "hf", format="hf")
+    assert not error.value.certificate.accepted
+    assert not (tmp_path / "hf").exists() and (tmp_path / "hf.rejected" / "certificate.json").exists()
+    assert not json.loads((tmp_path / "hf.rejected" / "certificate.json").read_text())["accepted"]
+
+
+def test_what_training_saved_and_lost_is_not_exported(tmp_path):
+    run, _ = saved(tmp_path)
+    for path in (run / "ckpt" / "3" / "params").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="ckpt/3"):
+        exporting.export(run, tmp_path / "hf", format="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    run, _ = saved(tmp_path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        exporting.export(run, tmp_path / "hf", format="hf")
+    assert (tmp_path / "hf" / "mine.txt").read_text() == "mine"
+
+
+def test_a_half_done_conversion_of_something_else_is_not_taken_up(tmp_path):
+    run, _ = saved(tmp_path)
+    exporting.export(run, tmp_path / "hf", format="hf")
+    (tmp_path / "back.partial").mkdir()
+    stream.Journal(tmp_path / "back.partial" / "journal.jsonl", job={"source": "another"})
+    with pytest.raises(ValueError, match="interrupted, of another source"):
+        importing.import_model(tmp_path / "hf", tmp_path / "back")
+
+
+def test_an_inexpressible_model_names_what_cannot_be_said(tmp_path):
+    run, _ = saved(tmp_path, dataclasses.replace(TINY, attn_softcap=30.0))
+    with pytest.raises(ValueError, match="softcap"):
+        exporting.export(run, tmp_path / "hf", format="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+_SLOW = """
+import time
+from gptjax.interop import stream
+honest = stream.Journal.add
+def slow(self, name, note):
+    honest(self, name, note)
+    print("done", name, flush=True)
+    time.sleep(0.2)
+stream.Journal.add = slow
+import runpy, sys
+sys.argv = ["import_model", *sys.argv[1:]]
+runpy.run_module("experiments.import_model", run_name="__main__")
+"""
+
+
+def test_killed_and_started_again_it_goes_on(tmp_path):
+    run, params = saved(tmp_path)
+    exporting.export(run, tmp_path / "hf", format="hf")
+    arguments = [f"--src={tmp_path / 'hf'}", f"--dst={tmp_path / 'back'}", "--proof=values", "--num_threads=1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", _SLOW, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(5):
+            assert process.stdout.readline().startswith("done")
+        os.kill(process.pid, signal.SIGKILL)
+    journal = tmp_path / "back.partial" / "journal.jsonl"
+    kept = len(journal.read_text().splitlines()) - 1
+    assert kept >= 5 and not (tmp_path / "back").exists()
+    with journal.open("a") as file:
+        file.write('{"name": "model.norm.wei')  # as a kill in the middle of a line leaves it
+    again = subprocess.run(
+        [sys.executable, "-c", _SLOW, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    done = [line for line in again.stdout.splitlines() if line.startswith("done")]
+    total = json.loads((tmp_path / "back" / "certificate.json").read_text())["values"].split()[2]
+    assert len(done) == int(total) - kept
+    assert same(gptjax.load(tmp_path / "back").params, params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--src=nowhere", "--dst=x"], "no such file"),
+        (["--src=.", "--dst=x"], "no model of a known format"),
+        (["--dst=x"], "missing: --src"),
+    ],
+)
+def test_the_command_ends_with_one_line(tmp_path, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.import_model", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
