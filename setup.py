@@ -41,6 +41,7 @@ EXTRAS = {
     # And then `pip install --no-deps jax2onnx`: it asks for orbax-checkpoint<0.11.37, of which it uses nothing here.
     "onnx": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "test": [
+        "flatbuffers>=24.3",
         *TOKENIZERS,
         "hypothesis>=6.100",
         "import-linter>=2.3",

@@ -3,14 +3,16 @@
 Weights are arguments, a flat list in the order of `Portable.weights`, and never constants of a program: a
 program then has the size of its operations, and the weights of any model are written one at a time.
 
-Layers lie apart, as for decoding. A program over stacked layers would be shorter by their number, but a loop
-copies each layer's weights out of the stack, which on CPU doubles the time of a token.
+Layers lie apart, as for decoding. A program over stacked layers would be shorter (12 layers: 37 KB of text, not
+325), but a loop copies each layer's weights out of the stack: on CPU a token of 12 layers of width 512 takes 40 ms,
+not 19.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -179,8 +181,8 @@ class WeightReader:
     def __init__(self, checkpoint: epath.PathLike, weights: Mapping[str, Weight]) -> None:
         self._checkpoint, self._weights = epath.Path(checkpoint), weights
         self._meta = reading.read_meta(self._checkpoint)
-        stored = arrays.stored_shapes(self._checkpoint / "params")
-        self._reader = array_stream.ArraysReader(self._checkpoint / "params", stored)  # type: ignore[arg-type]
+        sliced_dims = {weight.path: len(weight.index) for weight in weights.values()}
+        self._reader = array_stream.ArraysReader(pathlib.Path(checkpoint) / "params", sliced_dims)
 
     @property
     def checksums(self) -> Mapping[str, int]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -63,6 +65,8 @@ class BareProcess:
             cwd=self._files.name,
             text=True,
         )
+        # However the user lets go of it, the process ends.
+        self._end = weakref.finalize(self, _end, self._process, self._errors, self._files)
         self.name: str = self._answer()
 
     def __enter__(self) -> BareProcess:
@@ -73,12 +77,7 @@ class BareProcess:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
-        self._files.cleanup()
+        self._end()
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         file = pathlib.Path(self._files.name) / "logits.npy"
@@ -113,6 +112,16 @@ class BareProcess:
         if answer["ours"]:
             raise RuntimeError(f"the process that must do without gptjax has loaded {answer['ours']}")
         return answer["answer"]
+
+
+def _end(process: subprocess.Popen[str], errors: IO[str], files: tempfile.TemporaryDirectory[str]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    process.wait()
+    process.stdout.close()
+    errors.close()
+    files.cleanup()
 
 
 def _folders(packages: Sequence[str]) -> list[str]:
