@@ -96,7 +96,7 @@ def test_rows_that_are_no_blocks_are_float16(tmp_path):
 def test_llama_cpp_tells_the_story(stories, tmp_path, quantization):
     source, directory = stories
     gguf_write.write(directory, tmp_path / "stories.gguf", quantization=quantization)
-    ours, theirs = GptjaxRunner.load(directory), llama_cpp(tmp_path / "stories.gguf", special_tokens="text")
+    ours, theirs = GptjaxRunner.load(directory), llama_cpp(tmp_path / "stories.gguf", tokenizer=source.tokenizer)
     tokens = ours.tokenizer.encode_prompt("Once upon a time, there was a little girl")
     tolerance = {"f32": 1e-4, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0, "q4_0": 8.0}[quantization]
     assert np.abs(ours.logits(tokens) - theirs.logits(tokens)).max() < tolerance
