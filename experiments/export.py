@@ -16,10 +16,19 @@ from absl import flags
 from experiments import common, interop_flags
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Checkpoint, or workdir (its newest); only read.", required=True)
-_FORMAT = flags.DEFINE_enum("format", None, ["hf"], "hf: config.json and safetensors, for transformers.", required=True)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    None,
+    ["hf", "gguf", "onnx", "saved_model", "stablehlo"],
+    "hf: config.json and safetensors, for transformers; gguf: for llama.cpp; the others are programs.",
+    required=True,
+)
 _DST = flags.DEFINE_string("dst", None, "The folder to make; not there yet.", required=True)
 _FAMILY = flags.DEFINE_string("family", None, "model_type to write it as; the first that expresses it unless told.")
-_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "Size of a .safetensors file at most.", lower_bound=0.001)
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", None, ["f32", "f16", "bf16", "q8_0", "q4_0"], "Of the weights in gguf; f16 unless told."
+)
+_SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "Size of a .safetensors file at most; 5.", lower_bound=0.001)
 flags.adopt_module_key_flags(interop_flags)
 
 
@@ -27,14 +36,19 @@ def main() -> int:
     """Exports, and prints the certificate."""
     from gptjax.interop import exporting
 
+    options = exporting.Options(
+        family=_FAMILY.value,
+        quantization=_QUANTIZATION.value,
+        max_shard_bytes=None if _SHARD_GB.value is None else int(_SHARD_GB.value * 1e9),
+        **interop_flags.values(),
+    )
     return interop_flags.run(
         lambda: exporting.export(
             _CKPT.value,
             pathlib.Path(_DST.value).absolute(),
             format=_FORMAT.value,
-            family=_FAMILY.value,
-            max_shard_bytes=int(_SHARD_GB.value * 1e9),
-            **interop_flags.options(),
+            options=options,
+            check=interop_flags.check(),
         ),
         path=_DST.value,
     )

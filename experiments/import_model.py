@@ -26,7 +26,10 @@ def main() -> int:
 
     return interop_flags.run(
         lambda: importing.import_model(
-            pathlib.Path(_SRC.value), pathlib.Path(_DST.value).absolute(), **interop_flags.options()
+            pathlib.Path(_SRC.value),
+            pathlib.Path(_DST.value).absolute(),
+            **interop_flags.values(),
+            check=interop_flags.check(),
         ),
         path=_DST.value,
     )

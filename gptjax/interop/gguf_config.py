@@ -175,9 +175,7 @@ def _read_qwen3(reader: ConfigReader, found: Found) -> dict[str, Any]:
 
 def _write_qwen3(config: Mapping[str, Any]) -> Written:
     written = write_llama_like(config)
-    return Written(
-        dict(written.keys) | {"feed_forward_length": config["intermediate_size"]}, written.rope_factors
-    )
+    return Written(dict(written.keys) | {"feed_forward_length": config["intermediate_size"]}, written.rope_factors)
 
 
 def _read_qwen3_moe(reader: ConfigReader, found: Found) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _write_gpt_oss(config: Mapping[str, Any]) -> Written:
 
 
 def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
-    moves = {
+    moves: dict[str, Move] = {
         "gate_up_proj": TakenApart(Transposed()),
         "gate_up_proj_bias": TakenApart(),
         "down_proj": Transposed(),

@@ -27,7 +27,9 @@ _MAX_DIMS = 4
 _MAX_ALIGNMENT = 1 << 20
 _READ_VALUES = 1 << 22  # dequantised at a time: temporaries of some formats are several times their result
 
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"
+}  # fmt: skip
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
 
@@ -296,7 +298,7 @@ class _Cursor:
             count = self.count(10, f"numbers of {what}", least_bytes=dtype.itemsize)
             return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
         if item != _STRING:
-            raise ValueError(f"{self.path}: {what}: arrays of type {item} are not supported; expected numbers or strings")
+            raise ValueError(f"{self.path}: {what}: a list of type {item}; expected numbers or strings")
         return [self.string(what) for _ in range(self.count(10, f"strings of {what}", least_bytes=8))]
 
 

@@ -57,7 +57,11 @@ def read(reader: ConfigReader, *, theta: float, dims: int, factors: np.ndarray |
 
 
 def write(scaling: dict[str, Any] | None, *, theta: float, dims: int) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The keys without their architecture, and the factors, of a config's `rope_scaling`; what GGUF cannot say is lost."""
+    """The keys, without their architecture, and the factors; what GGUF cannot say is lost.
+
+    Args:
+      scaling: `rope_scaling` of a Hugging Face config.
+    """
     if scaling is None or scaling["rope_type"] == "default":
         return {}, None
     if scaling["rope_type"] == "llama3":
@@ -65,7 +69,8 @@ def write(scaling: dict[str, Any] | None, *, theta: float, dims: int) -> tuple[d
     keys = {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": float(scaling["factor"])}
     if scaling["rope_type"] == "yarn":
         keys["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
-        keys |= {f"rope.scaling.yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow") if key in scaling}
+        given = [key for key in ("beta_fast", "beta_slow") if key in scaling]
+        keys |= {f"rope.scaling.yarn_{key}": float(scaling[key]) for key in given}
     return keys, None
 
 

@@ -47,9 +47,7 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "smollm": (_DIGITS, _GPT2),
     "llama-bpe": (f"{_SUFFIXES}|{_WORDS}|\\p{{N}}{{1,3}}|{_MARKS}[\\r\\n]*|{_ENDS}",),
     "qwen2": (f"{_SUFFIXES}|{_WORDS}|\\p{{N}}|{_MARKS}[\\r\\n]*|{_ENDS}",),
-    "gpt-4o": (
-        f"{_CASES[0]}{_SUFFIXES}?|{_CASES[1]}{_SUFFIXES}?|\\p{{N}}{{1,3}}|{_MARKS}[\\r\\n/]*|{_ENDS}",
-    ),
+    "gpt-4o": (f"{_CASES[0]}{_SUFFIXES}?|{_CASES[1]}{_SUFFIXES}?|\\p{{N}}{{1,3}}|{_MARKS}[\\r\\n/]*|{_ENDS}",),
     "tekken": (f"{_CASES[0]}|{_CASES[1]}|\\p{{N}}|{_MARKS}[\\r\\n/]*|{_ENDS}",),
     "deepseek-v3": ("\\p{N}{1,3}", _CJK, _SYMBOLS),
 }
@@ -57,7 +55,8 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 # Names for the same.
 _ALIASES = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "starcoder": "smollm", "refact": "smollm", "command-r": "smollm",
-    "phi-2": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2", "jina-es": "gpt-2", "jina-de": "gpt-2", "deepseek-r1-qwen": "qwen2",
+    "phi-2": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2", "jina-es": "gpt-2", "jina-de": "gpt-2",
+    "deepseek-r1-qwen": "qwen2",
 }  # fmt: skip
 _KEEPS_WHOLE = ("llama-bpe", "tekken")  # a word that is a token is not merged from its parts
 
@@ -68,9 +67,7 @@ def read(header: GgufFile) -> Tokenizer | None:
     Raises:
       ValueError: if it is of a kind that is not supported, or its parts disagree.
     """
-    values = {
-        key.removeprefix(_PREFIX): value for key, value in header.metadata.items() if key.startswith(_PREFIX)
-    }
+    values = {key.removeprefix(_PREFIX): value for key, value in header.metadata.items() if key.startswith(_PREFIX)}
     values["chat_template"] = header.metadata.get(_TEMPLATE)
     kind = values.get("model")
     if kind is None or kind in ("none", "no_vocab"):
@@ -120,11 +117,11 @@ def _sentencepiece(values: Mapping[str, Any]) -> Tokenizer:
     if PieceType.UNKNOWN not in types:
         types[ids["unk"] or 0] = PieceType.UNKNOWN
     for name in ("bos", "eos", "pad"):
-        if ids[name] is not None and types[ids[name]] != PieceType.CONTROL:
-            if types[ids[name]] == PieceType.UNKNOWN:
-                ids[name] = None  # SentencePiece has no such thing
-            else:
-                types[ids[name]] = PieceType.CONTROL
+        id = ids[name]
+        if id is not None and types[id] == PieceType.UNKNOWN:
+            ids[name] = None  # SentencePiece has no such thing
+        elif id is not None:
+            types[id] = PieceType.CONTROL
     tokenizer = sentencepiece_model.build(
         Pieces(
             texts=values["tokens"],
@@ -167,14 +164,15 @@ def _byte_level(values: Mapping[str, Any]) -> Tokenizer:
         for id, kind in enumerate(types)
         if kind in (PieceType.CONTROL, PieceType.USER_DEFINED)
     ]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
     model = {
         "type": "BPE",
         "ignore_merges": name in _KEEPS_WHOLE,
-        "vocab": {token: id for id, token in enumerate(tokens)},
+        "vocab": vocabulary,
         "merges": [merge.split(" ", 1) for merge in merges],
     }
-    if len(model["vocab"]) != len(tokens):
-        raise ValueError(f"{_PREFIX}tokens: {len(tokens) - len(model['vocab'])} of them are there twice")
+    if len(vocabulary) != len(tokens):
+        raise ValueError(f"{_PREFIX}tokens: {len(tokens) - len(vocabulary)} of them are there twice")
     content = {
         "version": "1.0",
         "added_tokens": added,

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import Any, Literal
 
 import numpy as np
 
 from gptjax.checkpoint import arrays, reading
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop import checkpoint, formats, publish, referees, stream
-from gptjax.interop.certificate import TOLERANCES, Certificate, Record
-from gptjax.interop.runner import GptjaxRunner, Runner
+from gptjax.interop.certificate import TOLERANCES, Certificate
+from gptjax.interop.judging import CHECK, Check, closing, judge
+from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.source import Source
 from gptjax.nn import cost
-
-Proof = Literal["run", "values"]
-"""`values` reads back what was written and compares it with the source, a tensor at a time; `run` besides runs both
-implementations, which needs memory for the model."""
 
 
 def import_model(
@@ -27,18 +22,16 @@ def import_model(
     destination: pathlib.Path,
     *,
     dtype: np.dtype | None = None,
-    proof: Proof = "run",
-    trace: Callable[[str], None] | None = None,
+    check: Check = CHECK,
     num_threads: int | None = None,
 ) -> Certificate:
     """Writes the checkpoint `destination` from a model of another framework, and proves it.
 
-    Killed and called again it goes on. Memory is twice that of the largest tensor, and with `proof="run"` then that
-    of the model.
+    Killed and called again it goes on. Memory is twice that of the largest tensor, and where both models are run
+    (`Check.proof`) then that of the model.
 
     Args:
       dtype: of the parameters; None keeps that of the source.
-      trace: told how the layers' outputs compare, where the peer shows them.
 
     Raises:
       ValueError: if the source is not what it says, or the destination is there already.
@@ -47,7 +40,7 @@ def import_model(
     source = formats.open_source(source_path)
     with publish.directory(destination) as partial:
         checkpoint.write(source, partial, dtype=dtype, num_threads=num_threads)
-        found = _prove(source, partial, dtype=dtype, proof=proof, trace=trace, num_threads=num_threads)
+        found = _prove(source, partial, dtype=dtype, check=check, num_threads=num_threads)
         publish.settle(partial, destination, found)
     return found
 
@@ -57,8 +50,7 @@ def _prove(
     directory: pathlib.Path,
     *,
     dtype: np.dtype | None,
-    proof: Proof,
-    trace: Callable[[str], None] | None,
+    check: Check,
     num_threads: int | None,
 ) -> Certificate:
     values, problems = _compare_values(source, directory, dtype=dtype, num_threads=num_threads)
@@ -79,7 +71,7 @@ def _prove(
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
-    return _run(found, source, directory, trace=trace) if proof == "run" else found
+    return _run(found, source, directory, check=check) if check.proof == "run" else found
 
 
 def _compare_values(
@@ -112,9 +104,7 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
-def _run(
-    found: Certificate, source: Source, directory: pathlib.Path, *, trace: Callable[[str], None] | None
-) -> Certificate:
+def _run(found: Certificate, source: Source, directory: pathlib.Path, *, check: Check) -> Certificate:
     ours = GptjaxRunner.load(directory)
     prompts = certificate_lib.prompts(ours, source.model)
     target = certificate_lib.record(ours, prompts, seq_len=source.model.seq_len)
@@ -123,36 +113,6 @@ def _run(
         peer = referees.for_source(source)
     except ImportError as error:
         return dataclasses.replace(found, referees=names | {"source": f"missing: {error}"})
-    wanted = certificate_lib.record(peer, prompts, seq_len=source.model.seq_len)
-    return judge(found, wanted, target, runners=(peer, ours), trace=trace)
-
-
-def judge(
-    found: Certificate,
-    source: Record,
-    target: Record,
-    *,
-    runners: tuple[Runner, Runner],
-    trace: Callable[[str], None] | None,
-) -> Certificate:
-    """The certificate with the figures of both runs, and what is outside of the tolerance."""
-    comparisons = certificate_lib.compare(source, target)
-    tokenizer = certificate_lib.compare_tokenizers(source, target)
-    problems = [*found.problems, *certificate_lib.problems(comparisons, tokenizer, found.tolerance)]
-    layers: Any = None
-    if problems or trace is not None:
-        longest = max(source.prompts, key=lambda name: len(source.prompts[name]))
-        tokens = [*source.prompts[longest], *source.greedy[longest]]
-        layers = certificate_lib.layer_differences(*runners, tokens)
-    if trace is not None:
-        for line in certificate_lib.layer_lines(layers):
-            trace(line)
-    return dataclasses.replace(
-        found,
-        accepted=not problems,
-        referees={"source": source.runner, "target": target.runner},
-        comparisons=comparisons,
-        tokenizer=tokenizer,
-        problems=tuple(problems),
-        first_different_layer=certificate_lib.first_difference(layers) if problems else "",
-    )
+    with closing(peer):
+        wanted = certificate_lib.record(peer, prompts, seq_len=source.model.seq_len)
+        return judge(found, wanted, target, runners=(peer, ours), check=check)

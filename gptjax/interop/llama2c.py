@@ -154,11 +154,13 @@ def read_header(file: pathlib.Path) -> Header:
             raise ValueError(f"{file}: version {version} of {num_bytes} bytes; expected 0 or 1, whole")
     sizes = struct.unpack_from("<7i", start, 8 if version else 0)
     tied = bool(start[36]) if version else sizes[5] > 0
-    header = Header(version, *sizes[:5], abs(sizes[5]), sizes[6], tied)
-    numbers = (header.dim, header.hidden_dim, header.n_layers, header.n_heads, header.n_kv_heads, header.vocab_size)
-    if not all(0 < number <= _MAX_SIZE for number in (*numbers, header.seq_len)):
-        pickled = "; it may be a pickle, which runs code when it is opened" if start.startswith(_PICKLES) else ""
-        raise ValueError(f"{file}: sizes {sizes} are none of a llama2.c model; it is damaged or another format{pickled}")
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len = sizes
+    header = Header(version, dim, hidden_dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), seq_len, tied)
+    numbers = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, header.vocab_size, seq_len)
+    if not all(0 < number <= _MAX_SIZE for number in numbers):
+        pickle = "it may be a pickle, which runs code when it is opened"
+        kind = pickle if start.startswith(_PICKLES) else "it is damaged"
+        raise ValueError(f"{file}: sizes {sizes} are none of a llama2.c model; {kind}, or of another format")
     if header.dim % (2 * header.n_heads) or header.n_heads % header.n_kv_heads:
         raise ValueError(
             f"{file}: dim {header.dim}, {header.n_heads} heads, {header.n_kv_heads} kv heads: expected even heads and "
@@ -245,7 +247,9 @@ def read_tokenizer(file: pathlib.Path) -> Tokenizer:
       ValueError: if the file is none.
     """
     content = file.read_bytes()
-    texts, scores, at = [], [], 4
+    texts: list[str] = []
+    scores: list[float] = []
+    at = 4
     while at < len(content):
         if at + 8 > len(content):
             raise ValueError(f"{file}: ends inside of piece {len(texts)}; it is cut or no tokenizer of llama2.c")

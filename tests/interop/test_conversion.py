@@ -16,6 +16,7 @@ import gptjax
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.interop import exporting, hf, importing, stream
+from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
 from tests.tiny import TINY, random_params
 
@@ -37,7 +38,7 @@ def same(a, b):
 
 def test_out_and_in_again_is_the_same_to_the_bit(tmp_path):
     run, params = saved(tmp_path)
-    found = exporting.export(run, tmp_path / "hf", format="hf", max_shard_bytes=4000)
+    found = exporting.export(run, tmp_path / "hf", format="hf", options=Options(max_shard_bytes=4000))
     assert found.accepted and (tmp_path / "hf" / "model.safetensors.index.json").exists()
     back = importing.import_model(tmp_path / "hf", tmp_path / "back")
     assert back.accepted and "read back equal" in back.values
@@ -53,7 +54,7 @@ def test_out_and_in_again_is_the_same_to_the_bit(tmp_path):
 
 def test_a_cast_is_within_the_tolerance_of_its_dtype(tmp_path):
     run, params = saved(tmp_path)
-    found = exporting.export(run, tmp_path / "hf", format="hf", dtype=np.dtype("bfloat16"))
+    found = exporting.export(run, tmp_path / "hf", format="hf", options=Options(dtype=np.dtype("bfloat16")))
     assert found.accepted
     assert max(row.max_logit_difference for row in found.comparisons) > 1e-4  # it was cast
     loaded = gptjax.load(tmp_path / "hf").params

@@ -8,7 +8,6 @@ import pytest
 
 from gptjax.interop import checkpoint, gguf, gguf_file, gguf_rope, gguf_write, hf
 from gptjax.interop.runner import GptjaxRunner
-
 from tests.interop import gguf_models
 
 package = pytest.importorskip("gguf")

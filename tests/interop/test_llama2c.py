@@ -1,5 +1,6 @@
 """llama2.c's files: the same values as Hugging Face's form of the model, and files that are none."""
 
+import dataclasses
 import pathlib
 import shutil
 import struct
@@ -127,12 +128,11 @@ def test_export_is_the_file_that_was_imported(stories, tmp_path):
 def test_export_refuses_what_llama2c_cannot_run(tmp_path):
     file, _ = version_0(tmp_path, tied=True)
     source = llama2c.open_source(file)
-    import dataclasses
-
     block = source.model.blocks[0]
     attention = dataclasses.replace(block.attention, window=4)
     group = dataclasses.replace(source.model.groups[0], pattern=(dataclasses.replace(block, attention=attention),))
-    checkpoint.write(dataclasses.replace(source, model=dataclasses.replace(source.model, groups=(group,))), tmp_path / "c")
+    model = dataclasses.replace(source.model, groups=(group,))
+    checkpoint.write(dataclasses.replace(source, model=model), tmp_path / "c")
     with pytest.raises(ValueError, match="llama2.c runs Llamas"):
         llama2c.write(tmp_path / "c", tmp_path / "out.bin")
     assert not (tmp_path / "out.bin").exists()

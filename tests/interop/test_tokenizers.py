@@ -129,7 +129,9 @@ def test_stories_take_tokenizer_json_and_say_that_the_model_file_differs(folder,
         ours = tokenizers.read(path)
     assert "make different ids of 3 of 19 texts, such as ' '" in caplog.text
     assert (ours.bos_id, ours.eos_id, ours.start_id, ours.kind) == (1, 2, 1, "huggingface")
-    assert not different(ours, transformers.PreTrainedTokenizerFast.from_pretrained(path), every_line)
+    # One and the same file in one and the same package: a part of the lines will do.
+    peer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    assert not different(ours, peer, [*TEXTS, *every_line[::10]])
 
 
 @pytest.fixture(scope="module")

@@ -36,4 +36,16 @@ def for_artefact(format: str, path: pathlib.Path) -> Runner:
             from gptjax.interop.referees import llama_cpp
 
             return llama_cpp.of_file(path)
-    raise ImportError(f"nobody here runs {format}")
+        case "stablehlo":
+            from gptjax.interop.referees.stablehlo import StableHloRunner
+
+            return StableHloRunner(path)
+        case "saved_model":
+            from gptjax.interop.referees.saved_model import SavedModelRunner
+
+            return SavedModelRunner(path)
+        case "onnx":
+            from gptjax.interop.referees.onnx import OnnxRunner
+
+            return OnnxRunner(path)
+    raise ImportError(f"no other implementation of {format} is known here")

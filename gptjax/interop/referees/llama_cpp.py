@@ -44,7 +44,11 @@ class LlamaCppRunner:
     """
 
     def __init__(
-        self, file: pathlib.Path, *, max_context: int = DEFAULT_MAX_CONTEXT, special_tokens: Literal["token", "text"] = "token"
+        self,
+        file: pathlib.Path,
+        *,
+        max_context: int = DEFAULT_MAX_CONTEXT,
+        special_tokens: Literal["token", "text"] = "token",
     ) -> None:
         _require_package()
         self._file, self._special_tokens = file, special_tokens

@@ -63,7 +63,7 @@ class _Batch(ctypes.Structure):
 
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    pointer = ctypes.c_void_p
+    pointer, int32, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
     for name, result, arguments in (
         ("llama_model_default_params", _Params, ()),
         ("llama_context_default_params", _Params, ()),
@@ -73,7 +73,7 @@ def _library() -> ctypes.CDLL:
         ("llama_vocab_n_tokens", ctypes.c_int32, (pointer,)),
         ("llama_vocab_type", ctypes.c_int32, (pointer,)),
         ("llama_model_n_ctx_train", ctypes.c_int32, (pointer,)),
-        ("llama_tokenize", ctypes.c_int32, (pointer, ctypes.c_char_p, ctypes.c_int32, pointer, ctypes.c_int32)),
+        ("llama_tokenize", int32, (pointer, ctypes.c_char_p, int32, pointer, int32, flag, flag)),
         ("llama_batch_init", _Batch, (ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)),
         ("llama_decode", ctypes.c_int32, (pointer, _Batch)),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), (pointer,)),
@@ -82,7 +82,6 @@ def _library() -> ctypes.CDLL:
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_tokenize.argtypes += (ctypes.c_bool, ctypes.c_bool)
     return library
 
 
@@ -178,10 +177,12 @@ class LlamaCpp:
 
 
 def version() -> str:
+    """Of the wheel, which names the build of llama.cpp."""
     return importlib.metadata.version("xllamacpp")
 
 
 def main() -> None:
+    """Answers requests until standard input ends."""
     # llama.cpp prints to standard output too; the answers keep a copy of it to themselves.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
