@@ -293,7 +293,17 @@ def _layer_name(layer: int) -> str:
 def versions() -> dict[str, str]:
     """Of what could matter to the figures, where installed."""
     found = {"python": platform.python_version()}
-    for package in ("gptjax", "jax", "numpy", "torch", "transformers", "tokenizers", "sentencepiece", "gguf"):
+    for package in (
+        "gptjax",
+        "jax",
+        "numpy",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "sentencepiece",
+        "gguf",
+        "xllamacpp",
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

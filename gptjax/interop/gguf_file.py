@@ -9,6 +9,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -312,6 +313,7 @@ def write_header(path: pathlib.Path, metadata: Mapping[str, Any], tensors: Mappi
         float32, and bytes as an array of them.
     """
     gguf = gguf_package()
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells the byte order of every file, and more
     writer = gguf.GGUFWriter(None, metadata["general.architecture"])
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in metadata.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ _ALIASES = {
     "phi-2": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2", "jina-es": "gpt-2", "jina-de": "gpt-2",
     "deepseek-r1-qwen": "qwen2",
 }  # fmt: skip
+_MARKS_APART = ("gpt-4o", "tekken")  # llama.cpp's own form of these patterns leaves combining marks out of words
 _KEEPS_WHOLE = ("llama-bpe", "tekken")  # a word that is a token is not merged from its parts
 
 
@@ -293,6 +295,7 @@ def _from_description(content: Mapping[str, Any], tokenizer: Tokenizer) -> dict[
         return _with_scores(content, tokens, types, merges, space=tokenizer.has_dummy_prefix)
     if any(" " in part for merge in merges for part in merge):
         raise ValueError("the tokenizer merges tokens with spaces in them, which GGUF cannot say")
+    _check_normalizer(content.get("normalizer"))
     name, space = _split_of(content.get("pre_tokenizer"))
     return {
         "model": "gpt2",
@@ -322,6 +325,27 @@ def _with_scores(
     if PieceType.UNKNOWN not in types or PieceType.BYTE not in types:
         raise ValueError("the tokenizer has no unknown token or no bytes to fall back to, which llama.cpp needs")
     return {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types, "add_space_prefix": space}
+
+
+def known_difference(tokenizer: Tokenizer, text: str) -> str | None:
+    """Why llama.cpp gives a text other ids than a `tokenizer.json` does; None if it is not known to."""
+    content = json.loads(tokenizer.serialized)["tokenizer"]
+    if (content.get("decoder") or {}).get("type") != "ByteLevel":
+        return "a genuine U+2581, which llama.cpp takes for a space" if _SPACE in text else None
+    if content.get("normalizer") and unicodedata.normalize("NFC", text) != text:
+        return "Unicode that the tokenizer composes, which llama.cpp does not do"
+    marked = any(unicodedata.category(character).startswith("M") for character in text)
+    if marked and _split_of(content.get("pre_tokenizer"))[0] in _MARKS_APART:
+        return "combining marks, which llama.cpp parts from their letters"
+    return None
+
+
+def _check_normalizer(normalizer: Any) -> None:
+    """Of a byte-level BPE: llama.cpp has none, and text is nearly always composed already."""
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        raise ValueError(f"the tokenizer normalises text, which llama.cpp does not do: {json.dumps(normalizer)[:200]}")
+    if normalizer is not None:
+        logging.warning("gguf: the tokenizer composes Unicode (NFC), which llama.cpp does not do")
 
 
 def _split_of(pre_tokenizer: Any) -> tuple[str, bool]:

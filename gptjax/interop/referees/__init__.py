@@ -14,7 +14,7 @@ def for_source(source: Source) -> Runner:
     Raises:
       ImportError: if it is not installed; the message says what to install.
     """
-    if source.format == "gguf":
+    if source.format in ("gguf", "llama2c"):
         from gptjax.interop.referees import llama_cpp
 
         return llama_cpp.of_source(source)

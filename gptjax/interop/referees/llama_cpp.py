@@ -5,6 +5,7 @@ It runs in a process of its own: where it does not like a file it aborts, and it
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -18,14 +19,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import sentencepiece
 from absl import logging
 
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import gguf, gguf_tokenizer, gguf_write
 from gptjax.interop.gguf_file import is_float, read_header
 from gptjax.interop.source import Source
 
 _PROGRAM = pathlib.Path(__file__).with_name("llama_cpp_process.py")
 DEFAULT_MAX_CONTEXT = 4096
+_SPACE = "\u2581"
 
 
 class LlamaCppRunner:
@@ -122,7 +126,7 @@ def of_file(path: pathlib.Path) -> LlamaCppRunner:
 
 
 def of_source(source: Source) -> LlamaCppRunner:
-    """The runner of a GGUF source, given its values in float32 where they are quantised.
+    """The runner of a GGUF source, given its values in float32 where they are quantised, and of llama2.c's.
 
     With quantised weights llama.cpp rounds activations to 8 bits too: its logits are then some way off those of the
     very values in the file, and say little of a conversion. The file in float32 is a temporary one; where it does not
@@ -132,13 +136,12 @@ def of_source(source: Source) -> LlamaCppRunner:
       ImportError: without xllamacpp.
       ValueError: if llama.cpp cannot load it.
     """
-    tensors = read_header(source.path).tensors.values()
-    if all(is_float(tensor.kind) for tensor in tensors):
+    if source.format == "gguf" and all(is_float(each.kind) for each in read_header(source.path).tensors.values()):
         return of_file(source.path)
     _require_package()
-    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in tensors)
+    num_bytes = sum(4 * math.prod(tensor.shape) for tensor in source.tensors.values())
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    if num_bytes > 0.8 * free:
+    if source.format == "gguf" and num_bytes > 0.8 * free:
         logging.warning(
             "%s: llama.cpp runs it quantised: %.1f GB in float32 do not fit into %s; set TMPDIR to where there is room",
             source.path, num_bytes / 1e9, tempfile.gettempdir(),
@@ -146,10 +149,32 @@ def of_source(source: Source) -> LlamaCppRunner:
         return of_file(source.path)
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         file = pathlib.Path(folder) / f"{source.path.stem}.gguf"
-        gguf_write.write_source(source, file)
+        # llama2.c's own tokenizer is not llama.cpp's: where the two differ says nothing of the model.
+        gguf_write.write_source(
+            source if source.format == "gguf" else dataclasses.replace(source, tokenizer=None), file
+        )
         runner = of_file(file)  # which keeps the file open
     runner.name += ", of the file's values in float32"
     return runner
+
+
+def known_difference(tokenizer: Tokenizer, text: str) -> str | None:
+    """Why llama.cpp gives a text other ids than the tokenizer that a GGUF file was written with; None if it does not.
+
+    Its code has no place for what the tokenizer does there: it is no fault of a conversion.
+    """
+    if tokenizer.kind == "sentencepiece":
+        if _SPACE in text:
+            return "a genuine U+2581, which llama.cpp takes for a space"
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(tokenizer.serialized)
+        plain = (_SPACE if tokenizer.has_dummy_prefix and text else "") + text.replace(" ", _SPACE)
+        return (
+            None if processor.normalize(text) == plain else "SentencePiece normalises it, which llama.cpp does not do"
+        )
+    if tokenizer.kind == "huggingface":
+        return gguf_tokenizer.known_difference(tokenizer, text)
+    return None
 
 
 def _require_package() -> None:
