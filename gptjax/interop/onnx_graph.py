@@ -190,15 +190,15 @@ def _value(onnx: Any, name: str, spec: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """jax2onnx warns, with a traceback each, of its own examples whose packages are not installed; and onnx-ir of
-    shapes of intermediate values that it leaves out.
+    """jax2onnx logs all arguments of each call, and warns of its own examples whose packages are not installed; onnx-ir
+    warns of shapes of intermediate values that it leaves out.
     """
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    levels = {"": logging.WARNING, "jax2onnx": logging.ERROR, "onnx_ir": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
