@@ -74,7 +74,10 @@ def table(certificate: Certificate) -> str:
         lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
     if certificate.tokenizer is not None:
         total = certificate.tokenizer.num_strings
-        lines.append(f"  tokenizer: ids of {total - len(certificate.tokenizer.different)} of {total} strings are equal")
+        known = certificate.tokenizer.known
+        equal = total - len(certificate.tokenizer.different) - len(known)
+        lines.append(f"  tokenizer: ids of {equal} of {total} strings are equal")
+        lines += [f"    {text!r:.40}: {reason}" for text, reason in known.items()]
     return "\n".join(lines)
 
 

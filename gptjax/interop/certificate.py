@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,10 +93,16 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerComparison:
-    """How many fixed strings both tokenizers turned into ids, and those whose ids differ."""
+    """How many fixed strings both tokenizers turned into ids, and those whose ids differ.
+
+    Attributes:
+      different: without those of `known`.
+      known: strings that the peer's own code is known to read otherwise, whatever the conversion did, and why.
+    """
 
     num_strings: int
     different: tuple[str, ...]
+    known: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +213,19 @@ def _compare_prompt(source: Record, target: Record, name: str) -> Comparison:
     )
 
 
-def compare_tokenizers(source: Record, target: Record) -> TokenizerComparison | None:
-    """None unless both have a tokenizer."""
+def compare_tokenizers(
+    source: Record, target: Record, *, reason_of: Callable[[str], str | None] = lambda text: None
+) -> TokenizerComparison | None:
+    """None unless both have a tokenizer; `reason_of` knows why the ids of a string have to differ."""
     if source.ids is None or target.ids is None:
         return None
     pairs = zip(STRINGS, source.ids, target.ids, strict=True)
-    different = tuple(text for text, a, b in pairs if a != b)
-    return TokenizerComparison(num_strings=len(STRINGS), different=different)
+    reasons = {text: reason_of(text) for text, a, b in pairs if a != b}
+    return TokenizerComparison(
+        num_strings=len(STRINGS),
+        different=tuple(text for text, reason in reasons.items() if reason is None),
+        known={text: reason for text, reason in reasons.items() if reason is not None},
+    )
 
 
 def _mean_kl(wanted_TV: np.ndarray, got_TV: np.ndarray) -> float:

@@ -16,9 +16,11 @@ from gptjax.interop import formats, gguf_write, hf, onnx, params, publish, refer
 from gptjax.interop.certificate import TOLERANCES, Certificate, Tolerance
 from gptjax.interop.gguf_write import QUANTIZATIONS
 from gptjax.interop.judging import CHECK, Check, closing, judge
+from gptjax.interop.referees import llama_cpp
 from gptjax.interop.runner import GptjaxRunner, Runner
 from gptjax.interop.source import sha256
 from gptjax.nn import cost
+from gptjax.nn.config import ModelConfig
 
 GGUF_FILE = "model.gguf"
 
@@ -143,11 +145,12 @@ def _quantization(options: Options) -> str:
     return name
 
 
-def _tolerance(format: str, options: Options) -> tuple[str, Tolerance]:
+def _tolerance(format: str, options: Options, model: ModelConfig) -> tuple[str, Tolerance]:
     """What the values became, and what that may change."""
     if format == "gguf":
         name = _quantization(options)
-        return name, TOLERANCES[{"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)]
+        base = TOLERANCES[{"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)]
+        return name, llama_cpp.tolerance(model, base)
     name = "float32" if options.dtype is None else options.dtype.name
     return "as stored" if options.dtype is None else name, TOLERANCES[name]
 
@@ -155,7 +158,7 @@ def _tolerance(format: str, options: Options) -> tuple[str, Tolerance]:
 def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options: Options) -> Certificate:
     meta = reading.read_meta(path)
     files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / lock.FILE_NAME)
-    dtype, tolerance = _tolerance(format, options)
+    dtype, tolerance = _tolerance(format, options, meta.model)
     return Certificate(
         accepted=True,
         kind=f"checkpoint to {format}",

@@ -12,6 +12,7 @@ from gptjax.interop import certificate as certificate_lib
 from gptjax.interop import checkpoint, formats, publish, referees, stream
 from gptjax.interop.certificate import TOLERANCES, Certificate
 from gptjax.interop.judging import CHECK, Check, closing, judge
+from gptjax.interop.referees import llama_cpp
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.source import Source
 from gptjax.nn import cost
@@ -56,7 +57,9 @@ def _prove(
     values, problems = _compare_values(source, directory, dtype=dtype, num_threads=num_threads)
     meta = reading.read_meta(directory)
     stored = {leaf.dtype.name for leaf in arrays.stored_shapes(directory / "params").values()}
-    name = "float32" if dtype is None else dtype.name
+    tolerance = TOLERANCES["float32" if dtype is None else dtype.name]
+    if source.format != "hf":
+        tolerance = llama_cpp.tolerance(source.model, tolerance)
     found = Certificate(
         accepted=not problems,
         kind=f"{source.format} to checkpoint",
@@ -65,7 +68,7 @@ def _prove(
         num_params=cost.count(source.model).total,
         dtype=", ".join(sorted(stored)),
         referees={},
-        tolerance=TOLERANCES[name],
+        tolerance=tolerance,
         values=values,
         problems=tuple(problems),
         versions=certificate_lib.versions(),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop.certificate import Certificate, Record
-from gptjax.interop.runner import Runner
+from gptjax.interop.runner import GptjaxRunner, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def judge(
 ) -> Certificate:
     """The certificate with the figures of both runs, and what is outside of the tolerance."""
     comparisons = certificate_lib.compare(source, target)
-    tokenizer = certificate_lib.compare_tokenizers(source, target)
+    tokenizer = certificate_lib.compare_tokenizers(source, target, reason_of=_reason_of(runners))
     outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance, allowed_strings=check.allowed_strings)
     problems = [*found.problems, *outside]
     layers: Any = None
@@ -68,3 +68,10 @@ def judge(
         problems=tuple(problems),
         first_different_layer=certificate_lib.first_difference(layers) if problems else "",
     )
+
+
+def _reason_of(runners: tuple[Runner, Runner]) -> Callable[[str], str | None]:
+    """Asks the peer, if it can tell, where its own tokenizer is known to differ from ours."""
+    ours = next((runner.tokenizer for runner in runners if isinstance(runner, GptjaxRunner)), None)
+    known = next((found for runner in runners if (found := getattr(runner, "known_difference", None))), None)
+    return lambda text: None if known is None or ours is None else known(ours, text)

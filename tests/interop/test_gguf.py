@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from gptjax.interop import checkpoint, gguf, gguf_file, gguf_rope, gguf_write, hf
+from gptjax.interop import checkpoint, gguf, gguf_file, gguf_rope, gguf_write, hf, llama2c
 from gptjax.interop.runner import GptjaxRunner
 from tests.interop import gguf_models
 
@@ -20,7 +20,7 @@ NUM_TOKENS = 120
 
 @pytest.fixture(scope="module")
 def stories(shared_data, tmp_path_factory):
-    source = hf.open_source(shared_data / "models" / "stories260K" / "hf")
+    source = llama2c.open_source(shared_data / "models" / "stories260K" / "stories260K.bin")
     directory = tmp_path_factory.mktemp("stories") / "ckpt"
     checkpoint.write(source, directory)
     return source, directory
@@ -96,7 +96,7 @@ def test_rows_that_are_no_blocks_are_float16(tmp_path):
 def test_llama_cpp_tells_the_story(stories, tmp_path, quantization):
     source, directory = stories
     gguf_write.write(directory, tmp_path / "stories.gguf", quantization=quantization)
-    ours, theirs = GptjaxRunner.load(directory), llama_cpp(tmp_path / "stories.gguf", special_tokens="text")
+    ours, theirs = GptjaxRunner.load(directory), llama_cpp(tmp_path / "stories.gguf", tokenizer=source.tokenizer)
     tokens = ours.tokenizer.encode_prompt("Once upon a time, there was a little girl")
     tolerance = {"f32": 1e-4, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0, "q4_0": 8.0}[quantization]
     assert np.abs(ours.logits(tokens) - theirs.logits(tokens)).max() < tolerance
@@ -106,6 +106,14 @@ def test_llama_cpp_tells_the_story(stories, tmp_path, quantization):
         assert theirs.encode(text) == source.tokenizer.encode(text)
     again = gguf.open_source(tmp_path / "stories.gguf").tokenizer
     assert again.pieces == source.tokenizer.pieces and again.bos_id == source.tokenizer.bos_id
+
+
+def test_a_tokenizer_json_of_sentencepiece_s_kind_goes_too(shared_data, tmp_path):
+    source = hf.open_source(shared_data / "models" / "stories260K" / "hf")
+    gguf_write.write_source(source, tmp_path / "stories.gguf")
+    theirs = llama_cpp(tmp_path / "stories.gguf", tokenizer=source.tokenizer)
+    for text in ("Once upon a time", "Lily said: été 天 😀", "line\nline\ttab", "", "<s>is a token</s> here"):
+        assert theirs.encode(text) == source.tokenizer.encode(text)
 
 
 def test_stored_bfloat16_stays_as_it_is(tmp_path):

@@ -106,7 +106,7 @@ def test_a_32000_piece_sentencepiece_model(shared_data, tmp_path):
 
     tokenizer = tokenizer_lib.load(shared_data / "tokenizers" / "mistral_v1" / "tokenizer.model.v1")
     file = written(tokenizer, tmp_path, vocab_size=32_000)
-    theirs = llama_cpp(file, special_tokens="text")
+    theirs = llama_cpp(file, tokenizer=tokenizer)
     again = gguf_tokenizer.read(gguf_file.read_header(file))
     assert again.kind == "sentencepiece" and again.pieces == tokenizer.pieces
     for text in TEXTS:
@@ -118,7 +118,7 @@ def test_a_32000_piece_sentencepiece_model(shared_data, tmp_path):
 def test_our_own_tokenizer(tmp_path):
     texts = ["The quick brown fox jumps over the lazy dog.\n\n    def f(x):\n        return x + 1\n" * 40]
     tokenizer = tokenizer_lib.train_bpe(texts, 300)
-    theirs = llama_cpp(written(tokenizer, tmp_path, vocab_size=320), special_tokens="text")
+    theirs = llama_cpp(written(tokenizer, tmp_path, vocab_size=320), tokenizer=tokenizer)
     again = gguf_tokenizer.read(gguf_file.read_header(tmp_path / "model.gguf"))
     for text in ("def quick(x):\n        return brown", " fox  ", "日本", "", "lazy\tdog\n"):
         assert again.encode(text) == tokenizer.encode(text) == theirs.encode(text)
@@ -173,7 +173,7 @@ def test_where_llama_cpp_is_known_to_differ_it_does(shared_data, tmp_path):
     from gptjax.interop.referees.llama_cpp import known_difference
 
     tokenizer = tokenizer_lib.load(shared_data / "models" / "stories260K" / "tok512.model")
-    theirs = llama_cpp(written(tokenizer, tmp_path, vocab_size=512), special_tokens="text")
+    theirs = llama_cpp(written(tokenizer, tmp_path, vocab_size=512), tokenizer=tokenizer)
     differs = {text for text in TEXTS if theirs.encode(text) != tokenizer.encode(text)}
     known = {text for text in TEXTS if known_difference(tokenizer, text) is not None}
     assert differs == known and 0 < len(known) < len(TEXTS) / 2

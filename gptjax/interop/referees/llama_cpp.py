@@ -16,7 +16,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -24,8 +24,10 @@ from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import gguf, gguf_tokenizer, gguf_write
+from gptjax.interop.certificate import TOLERANCES, Tolerance
 from gptjax.interop.gguf_file import is_float, read_header
 from gptjax.interop.source import Source
+from gptjax.nn.config import ModelConfig
 
 _PROGRAM = pathlib.Path(__file__).with_name("llama_cpp_process.py")
 DEFAULT_MAX_CONTEXT = 4096
@@ -39,8 +41,8 @@ class LlamaCppRunner:
 
     Args:
       max_context: tokens of a prompt and its continuation, at most; memory is taken for them.
-      special_tokens: what the text of one within a text is encoded as: that token, as the kind `huggingface` does here,
-        or text like any other, as the kind `sentencepiece` does.
+      tokenizer: as it is read from the file here. Within a text the text of a special token is that token, as for the
+        kind `huggingface` here, or text like any other, as for the kind `sentencepiece`.
 
     Raises:
       ImportError: without xllamacpp.
@@ -52,10 +54,10 @@ class LlamaCppRunner:
         file: pathlib.Path,
         *,
         max_context: int = DEFAULT_MAX_CONTEXT,
-        special_tokens: Literal["token", "text"] = "token",
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         _require_package()
-        self._file, self._special_tokens = file, special_tokens
+        self._file, self._tokenizer = file, tokenizer
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [sys.executable, str(_PROGRAM), str(file), str(max_context)],
@@ -77,7 +79,12 @@ class LlamaCppRunner:
     def encode(self, text: str) -> list[int] | None:
         if not self._has_tokenizer:
             return None
-        return self._call("encode", text, self._special_tokens == "token").tolist()
+        is_text = self._tokenizer is not None and self._tokenizer.kind == "sentencepiece"
+        return self._call("encode", text, not is_text).tolist()
+
+    def known_difference(self, tokenizer: Tokenizer, text: str) -> str | None:
+        """See the function of this name."""
+        return known_difference(tokenizer, text)
 
     def hidden(self, tokens: Sequence[int]) -> None:
         return None
@@ -120,9 +127,7 @@ class LlamaCppRunner:
 def of_file(path: pathlib.Path) -> LlamaCppRunner:
     """The runner of a GGUF file, or of the one in a folder, that encodes as the tokenizer read from it here does."""
     file = gguf.find(path)
-    tokenizer = gguf_tokenizer.read(read_header(file))
-    is_text = tokenizer is not None and tokenizer.kind == "sentencepiece"
-    return LlamaCppRunner(file, special_tokens="text" if is_text else "token")
+    return LlamaCppRunner(file, tokenizer=gguf_tokenizer.read(read_header(file)))
 
 
 def of_source(source: Source) -> LlamaCppRunner:
@@ -175,6 +180,21 @@ def known_difference(tokenizer: Tokenizer, text: str) -> str | None:
     if tokenizer.kind == "huggingface":
         return gguf_tokenizer.known_difference(tokenizer, text)
     return None
+
+
+def tolerance(model: ModelConfig, base: Tolerance) -> Tolerance:
+    """What llama.cpp may be off by where the conversion alone may be off by `base`.
+
+    It looks GELU up in a table of float16, whatever the weights are.
+    """
+    if not any(block.mlp.activation.startswith(("gelu", "geglu")) for block in model.blocks):
+        return base
+    table = TOLERANCES["float16"]
+    return Tolerance(
+        max_logit=max(base.max_logit, table.max_logit),
+        mean_kl=max(base.mean_kl, table.mean_kl),
+        greedy=min(base.greedy, table.greedy),
+    )
 
 
 def _require_package() -> None:
