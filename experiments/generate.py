@@ -3,6 +3,8 @@
     python -m experiments.generate --workdir=runs/demo --prompt='def read(path):' --temperature=0.8 --top_p=0.95
     echo 'import os' | python -m experiments.generate --workdir=runs/demo --max_new_tokens=256
 
+A model that was trained to chat answers with --chat, by the template that came with its tokenizer.
+
 Several --prompt flags are completed as one batch. The summary, completions included, goes to generate/summary.json
 of the workdir, or to --out. All devices share each layer; on several hosts, start it on each with --prompt.
 """
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gptjax.model import Model
 
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeatable. Without it, standard input is read.")
+_CHAT = flags.DEFINE_bool("chat", False, "A prompt is what a user says, and the completion the assistant's answer.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens",
     None,
@@ -67,11 +70,11 @@ def _complete(prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
     completions = _stream(model, prompts[0], options) if len(prompts) == 1 else _batch(model, prompts, options)
     samples = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
     seconds = time.perf_counter() - began
-    return origin | {"options": options, "wall_seconds": seconds, "samples": samples}
+    return origin | {"options": options | {"chat": _CHAT.value}, "wall_seconds": seconds, "samples": samples}
 
 
 def _stream(model: Model, prompt: str, options: dict) -> list[str]:
-    stream = model.stream(prompt, **options)
+    stream = model.stream(_said(model, prompt), **options)
     _show_prompt(prompt)
     pieces = []
     for piece in stream:
@@ -82,7 +85,8 @@ def _stream(model: Model, prompt: str, options: dict) -> list[str]:
 
 
 def _batch(model: Model, prompts: list[str], options: dict) -> list[str]:
-    completions = model.generate(prompts, **options)
+    found = model.complete([_said(model, prompt) for prompt in prompts], **options)
+    completions = [completion.text or "" for completion in found]
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         print(f"{chr(10) if index else ''}--- {index}")
         _show_prompt(prompt)
@@ -90,9 +94,14 @@ def _batch(model: Model, prompts: list[str], options: dict) -> list[str]:
     return completions
 
 
+def _said(model: Model, prompt: str) -> str | list[int]:
+    return model.chat_tokens([{"role": "user", "content": prompt}]) if _CHAT.value else prompt
+
+
 def _show_prompt(prompt: str) -> None:
     # Grey on a terminal, so that the model's own words stand out.
-    print(f"\x1b[90m{prompt}\x1b[0m" if sys.stdout.isatty() else prompt, end="", flush=True)
+    shown = f"{prompt}\n" if _CHAT.value else prompt
+    print(f"\x1b[90m{shown}\x1b[0m" if sys.stdout.isatty() else shown, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class Model:
             decode_fn=None if self.tokenizer is None else self.tokenizer.decode,
         )
 
-    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
-        """Yields the text of `generate(prompt, ...)` while it is made."""
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Yields the text that `complete([prompt], ...)` gives while it is made."""
         cfg, params = self._decoding
         tokens = self._tokens(prompt)
         return generation.stream(
@@ -101,6 +101,22 @@ class Model:
             config=self._options([tokens], options),
             decode_fn=self._needed_tokenizer().decode,
         )
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The assistant's answer to a conversation, as `generate` gives it; see `chat_tokens`."""
+        return self.complete([self.chat_tokens(messages)], **options)[0].text or ""
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation by the model's chat template, up to where the assistant answers: a prompt for `complete`.
+
+        Args:
+          messages: oldest first, such as `{"role": "user", "content": "Hello"}`.
+
+        Raises:
+          ValueError: if the model has no chat template, or the template refuses the messages.
+        """
+        tokenizer = self._needed_tokenizer()
+        return tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
     def options(
         self,

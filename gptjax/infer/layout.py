@@ -62,6 +62,12 @@ def _split(group: LayerGroup) -> list[LayerGroup]:
     return [dataclasses.replace(group, repeats=1)] * group.repeats
 
 
+def dropless(cfg: ModelConfig) -> ModelConfig:
+    """The same model with no limit to the tokens of an expert, as it decodes."""
+    groups = (dataclasses.replace(group, pattern=tuple(map(_dropless, group.pattern))) for group in cfg.groups)
+    return dataclasses.replace(cfg, groups=tuple(groups))
+
+
 def _dropless(block: BlockConfig) -> BlockConfig:
     if not isinstance(block.mlp, MoEConfig) or block.mlp.capacity_factor is None:
         return block

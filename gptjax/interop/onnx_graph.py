@@ -90,10 +90,10 @@ def _part(flat: Any, start: int, names: dict[Any, str]) -> Any:
     eqns = flat.jaxpr.eqns[start : start + _PART_SIZE]
     later = {v for eqn in flat.jaxpr.eqns[start + _PART_SIZE :] for v in eqn.invars if isinstance(v, core.Var)}
     later |= {v for v in flat.jaxpr.outvars if isinstance(v, core.Var)}
-    computed = [v for eqn in eqns for v in eqn.outvars]
+    computed = {v: None for eqn in eqns for v in eqn.outvars}
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
-    read = {v: None for eqn in eqns for v in eqn.invars if isinstance(v, core.Var)}
-    given = [v for v in read if v not in set(computed) and v not in consts]
+    read: dict[Any, None] = {v: None for eqn in eqns for v in eqn.invars if isinstance(v, core.Var)}
+    given = [v for v in read if v not in computed and v not in consts]
     given += [v for v in _with_dimensions(flat.jaxpr.invars) if v not in given]
     wanted = [v for v in computed if v in later]
     names |= {v: f"value_{len(names) + i}" for i, v in enumerate(wanted)}
@@ -125,7 +125,8 @@ def _part(flat: Any, start: int, names: dict[Any, str]) -> Any:
 
 def _with_dimensions(inputs: Sequence[Any]) -> list[Any]:
     """Inputs that have every symbolic dimension between them: sizes are read from arrays that are there."""
-    found, seen = [], set()
+    found: list[Any] = []
+    seen: set[str] = set()
     for var in inputs:
         new = {str(dim) for dim in var.aval.shape if not isinstance(dim, int)} - seen
         if new:
@@ -189,15 +190,15 @@ def _value(onnx: Any, name: str, spec: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """jax2onnx warns, with a traceback each, of its own examples whose packages are not installed; and onnx-ir of
-    shapes of intermediate values that it leaves out.
+    """jax2onnx logs all arguments of each call, and warns of its own examples whose packages are not installed; onnx-ir
+    warns of shapes of intermediate values that it leaves out.
     """
-    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    levels = {"": logging.WARNING, "jax2onnx": logging.ERROR, "onnx_ir": logging.ERROR}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

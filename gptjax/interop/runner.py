@@ -17,7 +17,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig
-from gptjax.infer.layout import for_decoding
+from gptjax.infer.layout import dropless, for_decoding
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.types import Params
@@ -52,7 +52,7 @@ class GptjaxRunner:
 
     def __init__(self, model: ModelConfig, params: Params, tokenizer: Tokenizer | None) -> None:
         self.name = f"gptjax {importlib.metadata.version('gptjax')}, jax {jax.__version__}"
-        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.model, self.params, self.tokenizer = dropless(model), params, tokenizer
         self._decoding = for_decoding(model, params)
 
     @classmethod

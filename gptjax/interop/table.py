@@ -223,10 +223,9 @@ def inference_form(model: ModelConfig) -> ModelConfig:
     def plain(block: BlockConfig) -> BlockConfig:
         if not isinstance(block.mlp, MoEConfig):
             return block
-        balancing: Literal["bias", "none"] = (
-            "bias" if block.mlp.balancing == "bias" else "none"
-        )  # `bias` has a parameter
-        mlp = dataclasses.replace(block.mlp, balancing=balancing, balance_rate=0.0, z_loss=0.0)
+        # `bias` has a parameter. A capacity only bounds what training computes: decoding has none.
+        balancing: Literal["bias", "none"] = "bias" if block.mlp.balancing == "bias" else "none"
+        mlp = dataclasses.replace(block.mlp, balancing=balancing, balance_rate=0.0, z_loss=0.0, capacity_factor=None)
         return dataclasses.replace(block, mlp=mlp)
 
     blocks = tuple(plain(block) for block in model.blocks)

@@ -15,7 +15,7 @@ from gptjax.checkpoint.store import CheckpointStore
 from gptjax.interop import checkpoint as interop_checkpoint
 from gptjax.interop import hf
 from gptjax.interop.runner import GptjaxRunner
-from gptjax.nn.config import MoEConfig
+from gptjax.nn.config import ModelConfig, MoEConfig, RopeScaling
 from gptjax.nn.spec import MLASpec, ModelSpec
 from tests.tiny import TINY, random_params
 
@@ -28,7 +28,7 @@ _GROUPED_MOE = MoEConfig(
 _MLA = MLASpec(kv_latent=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=8, q_latent=12)
 _LONG = dataclasses.replace(TINY, seq_len=128)
 
-MODELS: dict[str, ModelSpec] = {
+_SPECS: dict[str, ModelSpec] = {
     "grouped queries in a window": dataclasses.replace(_LONG, window=WINDOW, tie_embeddings=False),
     "learned positions and biases": dataclasses.replace(
         _LONG, position="learned", bias=True, norm="layernorm", activation="gelu_tanh", num_kv_heads=4
@@ -43,9 +43,24 @@ MODELS: dict[str, ModelSpec] = {
 }  # fmt: skip
 
 
+def _sharing(model: ModelConfig) -> ModelConfig:
+    """The model with one set of weights for the layers of a group."""
+    return dataclasses.replace(model, groups=tuple(dataclasses.replace(g, shared=True) for g in model.groups))
+
+
+MODELS: dict[str, ModelConfig] = {name: spec.build() for name, spec in _SPECS.items()} | {
+    "layers that share weights": _sharing(
+        dataclasses.replace(
+            _LONG, num_layers=3, window=WINDOW, rope_fraction=0.5, embed_scale=4.0, activation="geglu_tanh",
+            rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_seq_len=32),
+        ).build()
+    )
+}  # fmt: skip
+
+
 def write_checkpoint(name: str, directory: pathlib.Path) -> pathlib.Path:
     """A checkpoint of random weights."""
-    model = MODELS[name].build()
+    model = MODELS[name]
     with CheckpointStore(directory) as store:
         store.save(1, meta=meta_lib.make(model, tokenizer="", lineage=[]), params=random_params(model))
     return pathlib.Path(reading.find(directory))

@@ -18,6 +18,7 @@ from gptjax.checkpoint.store import CheckpointStore
 from gptjax.interop import exporting, hf, importing, stream
 from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
+from gptjax.nn.config import MoEConfig
 from tests.tiny import TINY, random_params
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -177,3 +178,11 @@ def test_the_command_ends_with_one_line(tmp_path, arguments, message):
         check=False,
     )
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
+def test_a_mixture_trained_with_a_capacity_goes_out_as_it_decodes(tmp_path):
+    moe = MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=16, activation="swiglu", capacity_factor=0.5)
+    run, params = saved(tmp_path, dataclasses.replace(TINY, moe=moe))
+    found = exporting.export(run, tmp_path / "hf", format="hf")
+    assert found.accepted and json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "mixtral"
+    assert same(gptjax.load(tmp_path / "hf").params, params)

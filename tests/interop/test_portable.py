@@ -61,16 +61,10 @@ def test_weights_are_those_of_the_decoding_layout(tmp_path):
 
 
 def test_layers_that_share_weights_stay_together(tmp_path):
-    model = TINY.build()
-    model = dataclasses.replace(model, groups=tuple(dataclasses.replace(g, shared=True) for g in model.groups))
-    params = random_params(model)
-    from gptjax.interop import portable as portable_lib
-
-    weights = portable_lib._weights(model)
-    assert {weight.index for weight in weights.values()} == {()}
-    assert {name: weight.shape for name, weight in weights.items()} == {
-        name: leaf.shape for name, leaf in arrays.flatten(params).items()
-    }
+    checkpoint = write_checkpoint("layers that share weights", tmp_path)
+    portable, _ = plan(checkpoint, form="any")
+    assert {weight.index for weight in portable.weights.values()} == {()}
+    assert {dims.dims[0] for dims in portable.cache.values()} == {3}
 
 
 def test_only_windowless_caches_grow_with_the_length(tmp_path):

@@ -44,7 +44,7 @@ def test_weights_are_variables(tmp_path):
     checkpoint = write_checkpoint("latent attention", tmp_path / "run")
     saved_model.write(checkpoint, tmp_path / "out")
     stored = {name for name, _ in tf.train.list_variables(str(tmp_path / "out" / "variables" / "variables"))}
-    model = MODELS["latent attention"].build()
+    model = MODELS["latent attention"]
     assert sum("VARIABLE_VALUE" in name for name in stored) > model.num_layers * 8
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     tokens = np.zeros((3, 4), np.int32)
