@@ -14,6 +14,7 @@ pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers", reason="byte-level BPE is run by the tokenizers package")
 huggingface = pytest.importorskip("gptjax.data.huggingface")
 
+_WHOLE = "qzjq"  # a token that no merges lead to
 TEXTS = (
     *certificate.STRINGS,
     "HTTPServer2Go's  3rd   call—it'LL cost $1,234.50!!\n\n\t  done  ",
@@ -35,7 +36,8 @@ def merged():
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(TEXTS * 4, trainer)
     model = json.loads(backend.to_str())["model"]
-    return sorted(model["vocab"], key=model["vocab"].__getitem__), [" ".join(merge) for merge in model["merges"]]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), _WHOLE]
+    return tokens, [" ".join(merge) for merge in model["merges"]]
 
 
 def metadata_of(merged, pre: str) -> dict:
@@ -83,8 +85,9 @@ def test_byte_level_bpe_splits_as_llama_cpp_does(merged, tmp_path, pre):
     theirs = llama_cpp(file)
     from gptjax.interop.referees.llama_cpp import known_difference
 
-    texts = [text for text in (*TEXTS, "a<|user|>b <tool>c") if known_difference(tokenizer, text) is None]
-    assert len(texts) == len(TEXTS) + 1 or pre in ("gpt-4o", "tekken")
+    texts = [text for text in (*TEXTS, "a<|user|>b <tool>c", _WHOLE) if known_difference(tokenizer, text) is None]
+    assert len(tokenizer.encode(_WHOLE)) == (1 if pre in ("llama-bpe", "tekken") else 4)
+    assert len(texts) == len(TEXTS) + 2 or pre in ("gpt-4o", "tekken")
     different = {text: (tokenizer.encode(text), theirs.encode(text)) for text in texts}
     assert {text: ids for text, ids in different.items() if ids[0] != ids[1]} == {}
     again = gguf_tokenizer.read(gguf_file.read_header(file))
