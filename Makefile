@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_DIR ?= runs/demo
-# Peers that conversions are compared with: some 1.5 GB. `make test REFEREES=` goes without them.
-REFEREES ?= gguf,referees
+# Peers that conversions are compared with: some 2 GB. `make test REFEREES=` goes without them.
+REFEREES ?= gguf referees onnx saved_model
 
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
@@ -44,6 +44,10 @@ $(VENV)/.installed: setup.py | $(PY)
 
 $(VENV)/.installed-test: setup.py | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	@test -z '$(REFEREES)' || $(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$(REFEREES)]' || \
-	  echo "WARNING: $(REFEREES) could not be installed: tests that compare with these peers are skipped."
+	@for peer in $(REFEREES); do \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --editable ".[$$peer]" || \
+	    echo "WARNING: .[$$peer] could not be installed: tests that compare with it are skipped."; \
+	done
+	@case ' $(REFEREES) ' in *' onnx '*) $(PY) -m pip install --quiet --disable-pip-version-check --no-deps jax2onnx || \
+	  echo "WARNING: jax2onnx could not be installed: tests of ONNX are skipped.";; esac
 	@touch $(VENV)/.installed $@

@@ -47,7 +47,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_BASE, "rope_theta": 10_000.0},
     "mistral": {**_BASE, "sliding_window": 24},
     "qwen3": {**_BASE, **_HEADS},
-    "gemma3_text": {**_BASE, **_HEADS, "tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    "gemma3_text": {
+        **_BASE,
+        **_HEADS,
+        "num_hidden_layers": 6,
+        "tie_word_embeddings": True,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 32,
+    },
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {**_BASE, **_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "deepseek_v3": {

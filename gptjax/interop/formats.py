@@ -11,7 +11,7 @@ from gptjax.interop.source import Source
 def recognise(path: pathlib.Path) -> str | None:
     """`hf`, `gguf`, `llama2c`, or None where it is none of them."""
     if path.is_dir():
-        if (path / hf.CONFIG_FILE).is_file():
+        if hf.is_folder(path):
             return "hf"
         return "gguf" if any(path.glob("*.gguf")) else None
     if not path.is_file():

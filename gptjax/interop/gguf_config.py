@@ -189,7 +189,8 @@ def _read_qwen3_moe(reader: ConfigReader, found: Found) -> dict[str, Any]:
 
 
 def _write_qwen3_moe(config: Mapping[str, Any]) -> Written:
-    written = _write_qwen3(config)
+    # A model of local layers alone names no rotation for the others.
+    written = _write_qwen3({"rope_theta": _GEMMA3_THETA} | dict(config))
     keys = {
         "expert_count": config["num_experts"],
         "expert_used_count": config["num_experts_per_tok"],
@@ -199,7 +200,7 @@ def _write_qwen3_moe(config: Mapping[str, Any]) -> Written:
 
 
 _GEMMA3_PERIOD = 6  # each sixth layer sees everything
-_GEMMA3_LOCAL_THETA = 10_000.0
+_GEMMA3_LOCAL_THETA, _GEMMA3_THETA = 10_000.0, 1_000_000.0
 
 
 def _read_gemma3(reader: ConfigReader, found: Found) -> dict[str, Any]:

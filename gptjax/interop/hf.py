@@ -25,6 +25,12 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a directory is such a folder; a workdir of ours has a `config.json` too, of its run."""
+    config = path / CONFIG_FILE
+    return config.is_file() and (b'"model_type"' in config.read_bytes() or any(path.glob("*.safetensors")))
+
+
 def open_source(folder: pathlib.Path) -> Source:
     """A folder as `save_pretrained` leaves it.
 

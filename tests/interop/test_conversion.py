@@ -186,3 +186,9 @@ def test_a_mixture_trained_with_a_capacity_goes_out_as_it_decodes(tmp_path):
     found = exporting.export(run, tmp_path / "hf", format="hf")
     assert found.accepted and json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "mixtral"
     assert same(gptjax.load(tmp_path / "hf").params, params)
+
+
+def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
+    run, params = saved(tmp_path)
+    (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
+    assert same(gptjax.load(run).params, params)
