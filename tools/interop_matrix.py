@@ -56,7 +56,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
     },
     "mixtral": {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_moe": {**_BASE, **_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "qwen3_moe": {
+        **_BASE,
+        **_HEADS,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
     "deepseek_v3": {
         **_BASE,
         "num_key_value_heads": 4,
@@ -151,7 +158,7 @@ def _cell(convert: Callable[[], Certificate], referees: dict[str, str], label: s
     except RejectedError as error:
         found, mark = error.certificate, "**rejected** "
     except (ValueError, ImportError) as error:
-        return f"refused: {str(error).splitlines()[0][:90]}"
+        return f"refused: {error}".splitlines()[0]
     peer = found.referees.get("source" if label.startswith("in ") else "target", "")
     if peer.startswith("missing"):
         return "referee missing"
@@ -165,6 +172,13 @@ def _cell(convert: Callable[[], Certificate], referees: dict[str, str], label: s
 
 def _page(cells: dict[str, dict[str, str]], referees: dict[str, str]) -> str:
     columns = list(next(iter(cells.values())))
+    refusals = {
+        name: {row[column] for column in columns if row[column].startswith("refused")} for name, row in cells.items()
+    }
+    cells = {
+        name: {column: "refused" if cell.startswith("refused") else cell for column, cell in row.items()}
+        for name, row in cells.items()
+    }
     lines = [
         "# Families and formats",
         "",
@@ -181,6 +195,8 @@ def _page(cells: dict[str, dict[str, str]], referees: dict[str, str]) -> str:
         "Referees:",
         "",
         *(f"- {label}: {peer}" for label, peer in referees.items()),
+        "",
+        *(f"- {name} is {reason}" for name, reasons in refusals.items() for reason in sorted(reasons)),
         "",
     ]
     return "\n".join(lines)
