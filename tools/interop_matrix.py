@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 
+from gptjax.checkpoint import arrays
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.interop import exporting, importing
@@ -146,8 +146,11 @@ def _row(name: str, root: pathlib.Path, referees: dict[str, str]) -> dict[str, s
 def _save(name: str, workdir: pathlib.Path) -> None:
     model = read_config(FAMILIES[name], CONFIGS[name], path=name)
     random = np.random.default_rng(0)
-    shapes = transformer.abstract_params(model)
-    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape, scale=0.15).astype(leaf.dtype), shapes)
+    shapes = arrays.flatten(transformer.abstract_params(model))
+    # Norms near 1, so that the logits are as large as those of a trained model.
+    means = {path: float(path.endswith("scale")) for path in shapes}
+    values = {path: random.normal(means[path], 0.3, leaf.shape).astype(leaf.dtype) for path, leaf in shapes.items()}
+    params = arrays.nest(values)
     with CheckpointStore(workdir) as store:
         store.save(0, meta=meta_lib.make(model), params=params)
 
