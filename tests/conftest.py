@@ -6,6 +6,7 @@ reaches the processes that tests start.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from experiments import compilation_cache
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
+_TESTS_BETWEEN_LOOKS, _MANY_MAPPINGS = 20, 20_000
 
 
 def _set_environment() -> None:
@@ -39,6 +41,26 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+
+_num_tests = 0
+
+
+def pytest_runtest_teardown() -> None:
+    """Lets go of compiled programs before they are too many for one process.
+
+    Each takes some tens of memory mappings, of which Linux gives a process 65,530 (`vm.max_map_count`). Without one,
+    LLVM crashes, after some fifteen hundred tests.
+    """
+    global _num_tests
+    _num_tests += 1
+    maps = Path("/proc/self/maps")
+    if _num_tests % _TESTS_BETWEEN_LOOKS or not maps.exists() or maps.read_bytes().count(b"\n") < _MANY_MAPPINGS:
+        return
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
