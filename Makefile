@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_DIR ?= runs/demo
 # Peers that conversions are compared with: some 2 GB. `make test REFEREES=` goes without them.
-REFEREES ?= gguf referees onnx saved_model
+REFEREES ?= gguf referees onnx saved-model
 
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin

@@ -1,6 +1,6 @@
 """Installs gptjax; `pip install -e .[test]` for development, `.[tpu]` or `.[gpu]`, and `.[gcs]` for gs:// paths.
 
-`.[stablehlo]`, `.[saved_model]` and `.[onnx]` are for exporting to these.
+`.[stablehlo]`, `.[saved-model]` and `.[onnx]` are for exporting to these.
 
 Lower bounds are the oldest versions that the test suite has passed with; nothing is pinned from above.
 """
@@ -37,7 +37,7 @@ EXTRAS = {
     # Whose implementations conversions are compared with.
     "referees": ["torch==2.13.0", "transformers>=5.0", "xllamacpp"],
     "stablehlo": ["flatbuffers>=24.3"],
-    "saved_model": ["tensorflow>=2.21"],
+    "saved-model": ["tensorflow>=2.21"],
     # And then `pip install --no-deps jax2onnx`: it asks for orbax-checkpoint<0.11.37, of which it uses nothing here.
     "onnx": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "test": [

@@ -130,5 +130,5 @@ def _tensorflow() -> Any:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise ImportError("a SavedModel is written by TensorFlow: pip install gptjax[saved_model]") from error
+        raise ImportError("a SavedModel is written by TensorFlow: pip install gptjax[saved-model]") from error
     return tf

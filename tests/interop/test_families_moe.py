@@ -309,7 +309,7 @@ def test_every_sparse_step_th_layer_is_a_mixture():
 TRAINED = {
     "mixtral": MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=48, activation="swiglu", z_loss=0.1),
     "qwen3_moe": MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=48, activation="swiglu", normalize=False),
-    None: MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=48, activation="swiglu", capacity_factor=1.5),
+    None: MoEConfig(num_experts=4, num_experts_per_token=2, d_ff=48, activation="swiglu", routed_scale=1.5),
 }
 
 
@@ -317,7 +317,7 @@ TRAINED = {
 def test_models_trained_here_go_out_if_a_family_says_the_same(family):
     model = dataclasses.replace(TINY, moe=TRAINED[family], qk_norm=family == "qwen3_moe").build()
     if family is None:
-        with pytest.raises(ValueError, match="capacity_factor"):
+        with pytest.raises(ValueError, match="routed_scale"):
             family_of(model, FAMILIES)
     else:
         assert family_of(model, FAMILIES).name == family
