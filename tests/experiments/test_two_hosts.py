@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,5 +65,7 @@ def test_evaluation(workdir, tmp_path):
 def test_generation(workdir):
     args = (f"--ckpt={workdir}", "--prompt=The quick", "--max_new_tokens=12")
     (alone,) = run(1, "generate", *args)
-    assert run(2, "generate", *args) == [alone, ""]
+    # Gloo, which connects the two, now and then writes how many peers it has to standard output.
+    together = [re.sub(r"(?m)^.*connected peer ranks.*\n", "", text) for text in run(2, "generate", *args)]
+    assert together == [alone, ""]
     assert alone.startswith("The quick")
