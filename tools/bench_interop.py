@@ -1,6 +1,6 @@
 """Time and peak memory of importing and exporting a large model, made on the spot.
 
-    python -m tools.bench_interop --directory=/tmp/large --gigabytes=8
+    python -m tools.bench_interop --directory=large --gigabytes=8
 
 Writes a Llama-type Hugging Face folder of random bfloat16 values, imports it, and exports the checkpoint again, each
 in a process of its own whose peak resident memory is taken; --kill also kills each half-way once, to be taken up. One
