@@ -147,9 +147,7 @@ def _save(name: str, workdir: pathlib.Path) -> None:
     model = read_config(FAMILIES[name], CONFIGS[name], path=name)
     random = np.random.default_rng(0)
     shapes = arrays.flatten(transformer.abstract_params(model))
-    # Norms near 1, so that the logits are as large as those of a trained model.
-    means = {path: float(path.endswith("scale")) for path in shapes}
-    values = {path: random.normal(means[path], 0.3, leaf.shape).astype(leaf.dtype) for path, leaf in shapes.items()}
+    values = {path: random.normal(size=leaf.shape, scale=0.15).astype(leaf.dtype) for path, leaf in shapes.items()}
     params = arrays.nest(values)
     with CheckpointStore(workdir) as store:
         store.save(0, meta=meta_lib.make(model), params=params)
