@@ -116,6 +116,7 @@ class Certificate:
       tokenizer: None without a tokenizer on both sides.
       values: how the values were compared without running anything.
       problems: why it was not accepted.
+      notes: what a peer is known to compute otherwise than the model, and how far off that is.
     """
 
     accepted: bool
@@ -130,6 +131,7 @@ class Certificate:
     tokenizer: TokenizerComparison | None = None
     values: str = ""
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     first_different_layer: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gptjax.interop import exporting, hf, importing, stream
 from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
 from gptjax.nn.config import MoEConfig
+from tests.interop import gguf_models
 from tests.tiny import TINY, random_params
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -192,3 +194,16 @@ def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
     run, params = saved(tmp_path)
     (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
     assert same(gptjax.load(run).params, params)
+
+
+def test_what_llama_cpp_runs_otherwise_is_a_note_and_no_fault_of_the_conversion(tmp_path):
+    pytest.importorskip("xllamacpp")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+    config = gguf_models.CONFIGS["gpt_oss"] | {"rope_scaling": yarn, "rope_theta": 150_000.0}
+    gguf_models.saved(config, tmp_path / "ckpt")
+    found = exporting.export(tmp_path / "ckpt", tmp_path / "out", format="gguf", options=Options(quantization="f32"))
+    assert max(row.max_logit_difference for row in found.comparisons) < 3e-4
+    (note,) = found.notes
+    assert "rounds the range of YaRN" in note and float(re.search(r"differ by up to (\S+)", note)[1]) > 1e-3
+    back = importing.import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    assert max(row.max_logit_difference for row in back.comparisons) < 3e-4 and back.notes == found.notes
