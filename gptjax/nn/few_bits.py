@@ -38,7 +38,7 @@ def einsum(spec: str, x: Array, kernel: QuantizedArray | RoundedKernel) -> Array
     rows_spec = f"{x_dims},{lead}{outs}{ins}->{y_dims}"
     if _multiplies(kernel):
         codes, scale = _rounded(x, axes, kernel.activations)
-        weights = kernel.planes[0].reshape(*kernel.planes[0].shape[:-1], *kernel.layout.in_shape)
+        weights = kernel.layout.split(kernel.planes[0])
         accumulator = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
         y = jnp.einsum(rows_spec, codes, weights, preferred_element_type=accumulator).astype(jnp.float32)
         kept = "".join(dim for dim in x_dims if dim not in summed)
@@ -47,7 +47,7 @@ def einsum(spec: str, x: Array, kernel: QuantizedArray | RoundedKernel) -> Array
     if kernel.activations != "none":
         x = _round_through(x, axes, kernel.activations)
     rows = quantized.dequantize_rows(kernel, x.dtype)
-    return matmul.einsum(rows_spec, x, rows.reshape(*rows.shape[:-1], *kernel.layout.in_shape))
+    return matmul.einsum(rows_spec, x, kernel.layout.split(rows))
 
 
 def operands(x_MD: Array, kernel: QuantizedArray | RoundedKernel) -> tuple[Array, Array]:

@@ -57,12 +57,15 @@ class Layout:
             kernel = jnp.moveaxis(kernel, range(lead, lead + num_in), range(-num_in, 0))
         return kernel.reshape(*kernel.shape[: lead + num_out], self.num_inputs)
 
+    def split(self, rows: Array) -> Array:
+        """`[*lead, *out, inputs]` to `[*lead, *out, *in]`; a shard has fewer of the first inputs."""
+        return rows.reshape(*rows.shape[:-1], -1, *self.in_shape[1:])
+
     def from_rows(self, rows: Array) -> Array:
         """The inverse of `to_rows`."""
         num_in, num_out = len(self.in_shape), len(self.out_shape)
         lead = rows.ndim - 1 - num_out
-        # A shard has fewer of the first inputs.
-        kernel = rows.reshape(*rows.shape[:-1], -1, *self.in_shape[1:])
+        kernel = self.split(rows)
         return jnp.moveaxis(kernel, range(-num_in, 0), range(lead, lead + num_in)) if self.in_first else kernel
 
 

@@ -17,6 +17,7 @@ from gptjax.nn import quantized, transformer
 from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.quantized import Layout
 from gptjax.parallel import rules
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 from tests.nn import zoo
 from tests.tiny import random_params
 
@@ -105,8 +106,9 @@ def test_four_bits_lie_as_in_q4_0():
 @pytest.mark.parametrize("name", zoo.ZOO)
 @pytest.mark.parametrize("format", [INT8, INT4, WeightFormat(dtype="int3", group_size=8)], ids=str)
 def test_a_model_in_few_bits_computes_what_its_values_do(name, format):
-    changes = {"d_model": 16} | ({} if name not in ("mla", "mla_window") else {})
-    cfg = quantized_model(name, format if name != "mla_window" or format == INT8 else INT8, **changes)
+    if name.startswith("mla"):
+        format = INT8  # 12 latents
+    cfg = quantized_model(name, format)
     params = stored(cfg, random_params(dataclasses.replace(cfg, quant=None)))
     shapes = transformer.abstract_params(cfg)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
@@ -164,7 +166,7 @@ def test_a_checkpoint_is_as_small_as_its_numbers_and_comes_back(tmp_path, format
     assert kernel.scale.dtype == params["group_0"]["block_0"]["attention"]["query"]["kernel"].scale.dtype
     on_disk = sum(f.stat().st_size for f in pathlib.Path(tmp_path).rglob("*") if f.is_file())
     in_memory = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert on_disk < 1.1 * in_memory + 60_000
+    assert on_disk < 1.1 * in_memory + 120_000
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "moe_capacity", "mla"])
@@ -173,7 +175,7 @@ def test_eight_devices_compute_what_one_does(name):
     params = stored(cfg, random_params(dataclasses.replace(cfg, quant=None)))
     tokens = tokens_for(cfg, batch=4)
     wanted = logits(cfg, params, tokens)
-    mesh = jax.make_mesh((1, 2, 2, 1, 2, 1), ("data", "fsdp", "expert", "context", "tensor", "stage"))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2, rules="standard"))
     with jax.set_mesh(mesh):
         shardings = rules.tree_shardings(mesh, transformer.param_axes(cfg), transformer.abstract_params(cfg))
         placed = jax.tree.map(jax.device_put, params, shardings)
