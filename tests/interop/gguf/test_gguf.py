@@ -6,9 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from gptjax.interop import checkpoint, gguf, gguf_file, gguf_rope, gguf_write, hf, llama2c
+from gptjax.interop import checkpoint, gguf, hf, llama2c
+from gptjax.interop.gguf import file as gguf_file
+from gptjax.interop.gguf import rope as gguf_rope
+from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.runner import GptjaxRunner
-from tests.interop import gguf_models
+from tests.interop.gguf import models as gguf_models
 
 package = pytest.importorskip("gguf")
 KINDS = package.GGMLQuantizationType

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.interop import gguf_rope
-from gptjax.interop.gguf_names import FromOne, Move, MoveOf, Pairs, Same, Transposed
+from gptjax.interop.gguf import rope
+from gptjax.interop.gguf.names import FromOne, Move, MoveOf, Pairs, Same, Transposed
 from gptjax.interop.layout import Shape
 from gptjax.interop.reader import MAX_EXPERTS, MAX_LAYERS, ConfigReader
 from gptjax.nn.config import AttentionConfig, ModelConfig
@@ -66,7 +66,7 @@ class Architecture:
       families: that are exported as it.
       read: Hugging Face's config, `model_type` included.
       write: the inverse; may lose what llama.cpp cannot be told.
-      renamed: see `gguf_names.places`.
+      renamed: see `names.places`.
     """
 
     name: str
@@ -108,14 +108,14 @@ def read_llama_like(reader: ConfigReader, found: Found) -> dict[str, Any]:
     head_dim = reader.size("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     for key in ("attention.value_length", "rope.dimension_count"):
         reader.require(key, head_dim, default=head_dim)
-    scaling = gguf_rope.read(reader, theta=config["rope_theta"], dims=head_dim, factors=found.rope_factors)
+    scaling = rope.read(reader, theta=config["rope_theta"], dims=head_dim, factors=found.rope_factors)
     return config | {"head_dim": head_dim} | ({} if scaling is None else {"rope_scaling": scaling})
 
 
 def write_llama_like(config: Mapping[str, Any]) -> Written:
     """The inverse of `read_llama_like`."""
     head_dim = config["head_dim"]
-    scaling, factors = gguf_rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=head_dim)
+    scaling, factors = rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=head_dim)
     keys = write_sizes(config) | scaling
     keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim}
     return Written(keys, factors)

@@ -5,8 +5,10 @@ import struct
 import numpy as np
 import pytest
 
-from gptjax.interop import formats, gguf, gguf_file, gguf_write
-from tests.interop import gguf_models
+from gptjax.interop import formats, gguf
+from gptjax.interop.gguf import file as gguf_file
+from gptjax.interop.gguf import write as gguf_write
+from tests.interop.gguf import models as gguf_models
 
 pytest.importorskip("gguf")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.interop import gguf_config, gguf_experts, gguf_names, gguf_rope, gguf_tokenizer
 from gptjax.interop.families import FAMILIES
-from gptjax.interop.gguf_config import Architecture, Found
-from gptjax.interop.gguf_file import MAGIC, GgufFile, read_header
+from gptjax.interop.gguf import experts, names, rope
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf.config import GEMMA3, GPT2, LLAMA, QWEN3, QWEN3_MOE, Architecture, Found
+from gptjax.interop.gguf.file import MAGIC, GgufFile, read_header
 from gptjax.interop.reader import ConfigReader
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, Unit, read_config, units
@@ -21,13 +22,13 @@ from gptjax.nn.config import ModelConfig
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        gguf_config.LLAMA,
-        gguf_config.QWEN3,
-        gguf_config.QWEN3_MOE,
-        gguf_config.GEMMA3,
-        gguf_config.GPT2,
-        gguf_experts.GPT_OSS,
-        gguf_experts.DEEPSEEK2,
+        LLAMA,
+        QWEN3,
+        QWEN3_MOE,
+        GEMMA3,
+        GPT2,
+        experts.GPT_OSS,
+        experts.DEEPSEEK2,
     )
 }
 """By `general.architecture`."""
@@ -65,14 +66,14 @@ def open_source(path: pathlib.Path) -> Source:
     file = find(path)
     header = read_header(file)
     architecture = architecture_of(header)
-    factors = header.tensors.get(gguf_rope.FACTORS_TENSOR)
+    factors = header.tensors.get(rope.FACTORS_TENSOR)
     if factors is not None and len(factors.shape) != 1:
-        raise ValueError(f"{file}: {gguf_rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
+        raise ValueError(f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     found = Found(shapes, None if factors is None else factors.read())
     config, family, model = read_model(architecture, header.metadata, found, path=str(file))
     wanted = units(family, model)
-    places = gguf_names.places(
+    places = names.places(
         architecture.name,
         wanted,
         model,
@@ -80,7 +81,7 @@ def open_source(path: pathlib.Path) -> Source:
         renamed=architecture.renamed,
         present=header.tensors.keys(),
     )
-    tensors = gguf_names.find(header, places, ignored=_IGNORED)
+    tensors = names.find(header, places, ignored=_IGNORED)
     return Source(
         path=file,
         format="gguf",
@@ -138,9 +139,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _of_one_dtype(
-    tensors: Mapping[str, gguf_names.MovedTensor], wanted: list[Unit]
-) -> dict[str, gguf_names.MovedTensor]:
+def _of_one_dtype(tensors: Mapping[str, names.MovedTensor], wanted: list[Unit]) -> dict[str, names.MovedTensor]:
     """Layers that are of one array here get one dtype; of different ones that is float32, which holds them all."""
     dtypes: dict[str, set[np.dtype]] = {}
     for unit in wanted:

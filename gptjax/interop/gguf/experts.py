@@ -1,4 +1,4 @@
-"""gpt-oss and DeepSeek-V3 among llama.cpp's architectures: see `gguf_config`."""
+"""gpt-oss and DeepSeek-V3 among llama.cpp's architectures: see `gptjax.interop.gguf.config`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from absl import logging
 
-from gptjax.interop import gguf_rope
-from gptjax.interop.gguf_config import (
+from gptjax.interop.gguf import rope
+from gptjax.interop.gguf.config import (
     FULL,
     SLIDING,
     Architecture,
@@ -19,7 +19,7 @@ from gptjax.interop.gguf_config import (
     write_llama_like,
     write_sizes,
 )
-from gptjax.interop.gguf_names import AbsorbedHeads, Move, Same, TakenApart, Transposed
+from gptjax.interop.gguf.names import AbsorbedHeads, Move, Same, TakenApart, Transposed
 from gptjax.interop.reader import MAX_EXPERTS, ConfigReader
 from gptjax.nn.config import MLAConfig, ModelConfig
 
@@ -95,7 +95,7 @@ def _read_deepseek(reader: ConfigReader, found: Found) -> dict[str, Any]:
         reader.require("attention.head_count_kv", num_heads, default=num_heads)
         key_dim, value_dim = reader.size("attention.key_length"), reader.size("attention.value_length")
     multiplier = reader.optional(_LOG_MULTIPLIER, float)
-    scaling = gguf_rope.read(reader, theta=config["rope_theta"], dims=rotated, factors=found.rope_factors)
+    scaling = rope.read(reader, theta=config["rope_theta"], dims=rotated, factors=found.rope_factors)
     if scaling is not None and scaling["rope_type"] == "yarn":
         if not multiplier:
             raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: got {multiplier}, expected over 0 beside YaRN")
@@ -133,7 +133,7 @@ def _read_deepseek_experts(reader: ConfigReader) -> dict[str, Any]:
 
 def _write_deepseek(config: Mapping[str, Any]) -> Written:
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    scaling, factors = gguf_rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=rotated)
+    scaling, factors = rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=rotated)
     if "rope.scaling.type" in scaling:
         scaling[_LOG_MULTIPLIER] = 0.1 * config["rope_scaling"].get("mscale_all_dim", 0.0)
     keys = write_sizes(config) | scaling

@@ -17,13 +17,14 @@ from gptjax.checkpoint import reading
 from gptjax.checkpoint.meta import model_differences
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.interop import gguf_names, gguf_rope, gguf_tokenizer, stream
+from gptjax.interop import stream
 from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.families import FAMILIES
-from gptjax.interop.gguf import ARCHITECTURES, read_model
-from gptjax.interop.gguf_config import Architecture, Found
-from gptjax.interop.gguf_file import GgufFile, gguf_package, write_header
-from gptjax.interop.gguf_names import Place
+from gptjax.interop.gguf import ARCHITECTURES, names, read_model, rope
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf.config import Architecture, Found
+from gptjax.interop.gguf.file import GgufFile, gguf_package, write_header
+from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
@@ -117,7 +118,7 @@ def _create(file: pathlib.Path, plan: Plan, tokenizer: Tokenizer | None, *, name
     metadata = plan.metadata | {"general.name": name} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
     header = write_header(file, metadata, plan.tensors)
     if plan.rope_factors is not None:
-        header.tensors[gguf_rope.FACTORS_TENSOR].write(plan.rope_factors)
+        header.tensors[rope.FACTORS_TENSOR].write(plan.rope_factors)
     return header
 
 
@@ -139,7 +140,7 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
     if architecture is None:
         raise ValueError(f"family {family.name}: llama.cpp's architecture for it is not supported; export it as hf")
     written = architecture.write(family.write_config(model))
-    places = gguf_names.places(
+    places = names.places(
         architecture.name,
         units(family, model),
         model,
@@ -156,7 +157,7 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
     kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
-        tensors[gguf_rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
+        tensors[rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
     general = {
         "general.architecture": architecture.name,
         "general.type": "model",

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gptjax.interop.gguf_file import GgufFile, GgufTensor, gguf_package
+from gptjax.interop.gguf.file import GgufFile, GgufTensor, gguf_package
 from gptjax.interop.layout import Shape
 from gptjax.interop.pairs import to_halves, to_pairs
 from gptjax.interop.table import Unit
