@@ -13,7 +13,7 @@ from gptjax.interop.families import FAMILIES
 from gptjax.interop.gguf import experts, names, rope
 from gptjax.interop.gguf import tokenizer as gguf_tokenizer
 from gptjax.interop.gguf.config import GEMMA3, GPT2, LLAMA, QWEN3, QWEN3_MOE, Architecture, Found
-from gptjax.interop.gguf.file import MAGIC, GgufFile, read_header
+from gptjax.interop.gguf.file import MAGIC, GgufFile, is_later_part, read_header
 from gptjax.interop.reader import ConfigReader
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, Unit, read_config, units
@@ -44,21 +44,21 @@ def is_gguf(file: pathlib.Path) -> bool:
 
 
 def find(path: pathlib.Path) -> pathlib.Path:
-    """The file itself, or the one GGUF file in a folder.
+    """The file itself, or the one GGUF file in a folder, or the first of the one model there in several.
 
     Raises:
       ValueError: if the folder has none, or several.
     """
     if not path.is_dir():
         return path
-    found = sorted(path.glob("*.gguf"))
+    found = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
     if len(found) != 1:
         raise ValueError(f"{path}: {len(found)} GGUF files, expected one; name the file")
     return found[0]
 
 
 def open_source(path: pathlib.Path) -> Source:
-    """A GGUF file, or the one in a folder; values of quantised types are float32.
+    """A GGUF file, the first of a model's, or the one in a folder; values of quantised types are float32.
 
     Raises:
       ValueError: naming the file, and the key or tensor, that is missing, damaged or not supported.
@@ -89,7 +89,7 @@ def open_source(path: pathlib.Path) -> Source:
         model=model,
         tensors=_of_one_dtype(tensors, wanted),
         tokenizer=gguf_tokenizer.read(header),
-        files=(file,),
+        files=(file, *header.others),
         raw_config=config,
     )
 
@@ -104,11 +104,6 @@ def architecture_of(header: GgufFile) -> Architecture:
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{header.path}: general.architecture: got {name!r}, expected one of {', '.join(ARCHITECTURES)}"
-        )
-    if header.metadata.get("split.count", 1) != 1:
-        raise ValueError(
-            f"{header.path}: one of {header.metadata['split.count']} files of a model, which is not supported; merge "
-            "them with llama-gguf-split --merge"
         )
     return ARCHITECTURES[name]
 

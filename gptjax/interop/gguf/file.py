@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -148,20 +149,60 @@ class GgufFile:
 
     Attributes:
       metadata: numbers, booleans and strings as Python's, arrays of numbers as numpy's, of strings as lists.
-      tensors: by name, each inside of the file.
+      tensors: by name, each inside of its file.
+      others: the files after the first, of a model in several.
     """
 
     path: pathlib.Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    others: tuple[pathlib.Path, ...] = ()
+
+
+def is_later_part(path: pathlib.Path) -> bool:
+    """Whether a name is that of one of a model's files after the first, which are opened by that."""
+    return re.search(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$", path.name) is not None
 
 
 def read_header(path: pathlib.Path) -> GgufFile:
-    """Opens a file.
+    """Opens a file, and the others of the model if it is the first of several, as llama.cpp names and numbers them.
 
     Raises:
       ValueError: naming the file and what is wrong with it.
     """
+    first = _read_one(path)
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"{path}: split.count: got {count!r}, expected a whole number")
+    if count < 2:
+        return first
+    ending = f"-00001-of-{count:05}.gguf"
+    if first.metadata.get("split.no") != 0 or not path.name.endswith(ending):
+        raise ValueError(
+            f"{path}: split.no: got {first.metadata.get('split.no')!r} of {count} files of a model, expected 0, the "
+            f"first, in a file whose name ends in {ending}; open that one, and leave them the names they were made with"
+        )
+    tensors, others = dict(first.tensors), []
+    for number in range(1, count):
+        other = path.with_name(path.name.removesuffix(ending) + f"-{number + 1:05}-of-{count:05}.gguf")
+        if not other.is_file():
+            raise ValueError(f"{other}: missing; {path.name} is the first of {count} files of a model")
+        part = _read_one(other)
+        found = {key: part.metadata.get(key) for key in ("split.no", "split.count")}
+        if found != {"split.no": number, "split.count": count}:
+            raise ValueError(f"{other}: got {found}, expected number {number} of {count}; it is of another model")
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise ValueError(f"{other}: {min(twice)}: in an earlier file of the model too")
+        tensors |= part.tensors
+        others.append(other)
+    total = first.metadata.get("split.tensors.count")
+    if total != len(tensors):
+        raise ValueError(f"{path}: split.tensors.count: got {total}, expected {len(tensors)}, as the files have")
+    return GgufFile(path, first.metadata, tensors, tuple(others))
+
+
+def _read_one(path: pathlib.Path) -> GgufFile:
     with path.open("rb") as opened:
         cursor = _Cursor(path, opened, path.stat().st_size)
         magic, version = cursor.take(4, "magic"), cursor.scalar(4, "version")

@@ -93,10 +93,6 @@ CASES = {
         padded(header(keys=1) + entry("general.architecture", 8, text("mamba"))),
         "general.architecture: got 'mamba', expected one of llama",
     ),
-    "one of several files": (
-        padded(header(keys=2) + ARCHITECTURE + entry("split.count", 2, struct.pack("<H", 3))),
-        "one of 3 files of a model",
-    ),
     "no embedding": (
         padded(header(keys=2) + ARCHITECTURE + entry("llama.attention.head_count", 4, struct.pack("<I", 4))),
         "token_embd.weight: missing",
