@@ -33,8 +33,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By `general.architecture`."""
 
-# The tables of rotations in very old files, and what `read_model` has read.
-_IGNORED = (r"blk\.\d+\.attn_rot_embd\.weight", r"rope_freqs\.weight")
+# The tables of rotations in very old files.
+_IGNORED = r"blk\.\d+\.attn_rot_embd\.weight"
 
 
 def is_gguf(file: pathlib.Path) -> bool:
@@ -66,7 +66,7 @@ def open_source(path: pathlib.Path) -> Source:
     file = find(path)
     header = read_header(file)
     architecture = architecture_of(header)
-    factors = header.tensors.get(rope.FACTORS_TENSOR)
+    factors = header.tensors.get(rope.FACTORS_TENSOR) if architecture.rope_factors else None
     if factors is not None and len(factors.shape) != 1:
         raise ValueError(f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
@@ -81,7 +81,8 @@ def open_source(path: pathlib.Path) -> Source:
         renamed=architecture.renamed,
         present=header.tensors.keys(),
     )
-    tensors = names.find(header, places, ignored=_IGNORED)
+    elsewhere = () if factors is None else (rope.FACTORS_TENSOR,)
+    tensors = names.find(header, places, ignored=(_IGNORED, *elsewhere))
     return Source(
         path=file,
         format="gguf",

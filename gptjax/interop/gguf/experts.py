@@ -9,18 +9,19 @@ from absl import logging
 
 from gptjax.interop.gguf import rope
 from gptjax.interop.gguf.config import (
+    COMMON,
     FULL,
     SLIDING,
     Architecture,
     Found,
+    Key,
     Written,
-    read_llama_like,
-    read_sizes,
-    write_llama_like,
-    write_sizes,
+    expert_keys,
+    read_heads,
+    write_heads,
 )
 from gptjax.interop.gguf.names import AbsorbedHeads, Move, Same, TakenApart, Transposed
-from gptjax.interop.reader import MAX_EXPERTS, ConfigReader
+from gptjax.interop.reader import ConfigReader
 from gptjax.nn.config import MLAConfig, ModelConfig
 
 _GPT_OSS_RENAMED = {
@@ -35,24 +36,18 @@ _DEEPSEEK_RENAMED = {
     "self_attn.kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight"),
 }
 _DEEPSEEK_EPS = 1e-6  # of the latents' norms in the reference, where llama.cpp has that of the layers
+_LITE_LAYERS = (26, 27)  # by which llama.cpp knows the models whose queries have no latent
 _SIGMOID = 2  # `expert_gating_func`
 _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 
 
-def _read_gpt_oss(reader: ConfigReader, found: Found) -> dict[str, Any]:
-    config = read_llama_like(reader, found)
-    scaling = config.get("rope_scaling", {"rope_type": "default"})
-    d_ff = reader.size("expert_feed_forward_length")
-    reader.require("feed_forward_length", d_ff, default=d_ff)
-    return config | {
-        "model_type": "gpt_oss",
+def _read_gpt_oss(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
+    heads = read_heads(reader, found, config)
+    scaling = heads.get("rope_scaling", {"rope_type": "default"})
+    reader.require("feed_forward_length", config["intermediate_size"], default=config["intermediate_size"])
+    return heads | {
         # The reference does not round YaRN's range; llama.cpp does, and differs by that.
         "rope_scaling": scaling | ({"truncate": False} if scaling["rope_type"] == "yarn" else {}),
-        "attention_bias": True,
-        "intermediate_size": d_ff,
-        "num_local_experts": reader.size("expert_count", most=MAX_EXPERTS),
-        "num_experts_per_tok": reader.size("expert_used_count"),
-        "sliding_window": reader.size("attention.sliding_window"),
         "layer_types": [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
     }
 
@@ -60,15 +55,8 @@ def _read_gpt_oss(reader: ConfigReader, found: Found) -> dict[str, Any]:
 def _write_gpt_oss(config: Mapping[str, Any]) -> Written:
     if config["rope_scaling"].get("truncate") is False:
         logging.warning("gguf: llama.cpp rounds the range of YaRN, which this model does not")
-    written = write_llama_like(config)
-    keys = {
-        "feed_forward_length": config["intermediate_size"],
-        "expert_feed_forward_length": config["intermediate_size"],
-        "expert_count": config["num_local_experts"],
-        "expert_used_count": config["num_experts_per_tok"],
-        "attention.sliding_window": config["sliding_window"],
-    }
-    return Written(dict(written.keys) | keys, written.rope_factors)
+    heads = write_heads(config)
+    return Written(dict(heads.keys) | {"feed_forward_length": config["intermediate_size"]}, heads.rope_factors)
 
 
 def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
@@ -80,11 +68,11 @@ def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
     return moves.get(name.rsplit(".", 1)[-1], Same())
 
 
-def _read_deepseek(reader: ConfigReader, found: Found) -> dict[str, Any]:
-    config = read_sizes(reader, found)
-    reader.require("attention.layer_norm_rms_epsilon", _DEEPSEEK_EPS)
-    num_heads, rank = config["num_attention_heads"], reader.size("attention.kv_lora_rank")
-    rotated = reader.size("rope.dimension_count")
+def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
+    reader.require("expert_gating_func", _SIGMOID)
+    reader.require("nextn_predict_layers", 0, default=0)
+    num_heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
+    rotated, is_lite = config["qk_rope_head_dim"], config["num_hidden_layers"] in _LITE_LAYERS
     if "attention.key_length_mla" in reader:
         # The form in which the keys' projection is absorbed into the queries': one head of latents for all.
         reader.require("attention.head_count_kv", 1)
@@ -94,68 +82,39 @@ def _read_deepseek(reader: ConfigReader, found: Found) -> dict[str, Any]:
     else:
         reader.require("attention.head_count_kv", num_heads, default=num_heads)
         key_dim, value_dim = reader.size("attention.key_length"), reader.size("attention.value_length")
-    multiplier = reader.optional(_LOG_MULTIPLIER, float)
     scaling = rope.read(reader, theta=config["rope_theta"], dims=rotated, factors=found.rope_factors)
+    multiplier = reader.optional(_LOG_MULTIPLIER, float)
     if scaling is not None and scaling["rope_type"] == "yarn":
         if not multiplier:
             raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: got {multiplier}, expected over 0 beside YaRN")
         mscale = float(f"{10 * multiplier:.6g}")
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
-    config |= {
-        "model_type": "deepseek_v3",
-        "num_key_value_heads": num_heads,
-        # Without it llama.cpp takes the model for one of DeepSeek-V2's, by its number of layers.
-        "q_lora_rank": reader.size("attention.q_lora_rank"),
-        "kv_lora_rank": rank,
-        "qk_nope_head_dim": key_dim - rotated,
-        "qk_rope_head_dim": rotated,
-        "v_head_dim": value_dim,
-    }
-    return config | _read_deepseek_experts(reader) | ({} if scaling is None else {"rope_scaling": scaling})
-
-
-def _read_deepseek_experts(reader: ConfigReader) -> dict[str, Any]:
-    reader.require("expert_gating_func", _SIGMOID)
-    reader.require("nextn_predict_layers", 0, default=0)
+    reader.ignore(["attention.q_lora_rank"] if is_lite else [])
     return {
-        "intermediate_size": reader.size("feed_forward_length"),
-        "first_k_dense_replace": reader.take("leading_dense_block_count", int, 0),
-        "moe_intermediate_size": reader.size("expert_feed_forward_length"),
-        "n_routed_experts": reader.size("expert_count", most=MAX_EXPERTS),
-        "n_shared_experts": reader.size("expert_shared_count"),
-        "num_experts_per_tok": reader.size("expert_used_count"),
-        "routed_scaling_factor": reader.take("expert_weights_scale", float, 1.0),
-        "norm_topk_prob": reader.take("expert_weights_norm", bool, False),
-        "n_group": reader.take("expert_group_count", int, 1),
-        "topk_group": reader.take("expert_group_used_count", int, 1),
-    }
+        "num_key_value_heads": num_heads,
+        "q_lora_rank": None if is_lite else reader.size("attention.q_lora_rank"),
+        "qk_nope_head_dim": key_dim - rotated,
+        "v_head_dim": value_dim,
+    } | ({} if scaling is None else {"rope_scaling": scaling})
 
 
 def _write_deepseek(config: Mapping[str, Any]) -> Written:
+    if config["rms_norm_eps"] != _DEEPSEEK_EPS:
+        logging.warning(
+            "gguf: llama.cpp has the layers' epsilon, %g, in the norms of latents too, where this model has %g",
+            config["rms_norm_eps"], _DEEPSEEK_EPS,
+        )  # fmt: skip
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
     scaling, factors = rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=rotated)
     if "rope.scaling.type" in scaling:
         scaling[_LOG_MULTIPLIER] = 0.1 * config["rope_scaling"].get("mscale_all_dim", 0.0)
-    keys = write_sizes(config) | scaling
-    keys |= {
+    keys = scaling | {
         "attention.head_count_kv": 1,
-        "attention.kv_lora_rank": rank,
         "attention.key_length": rank + rotated,
         "attention.value_length": rank,
         "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
         "attention.value_length_mla": config["v_head_dim"],
-        "rope.dimension_count": rotated,
-        "feed_forward_length": config["intermediate_size"],
-        "leading_dense_block_count": config["first_k_dense_replace"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_count": config["n_routed_experts"],
-        "expert_shared_count": config["n_shared_experts"],
-        "expert_used_count": config["num_experts_per_tok"],
-        "expert_weights_scale": float(config["routed_scaling_factor"]),
-        "expert_weights_norm": config["norm_topk_prob"],
         "expert_gating_func": _SIGMOID,
-        "expert_group_count": config["n_group"],
-        "expert_group_used_count": config["topk_group"],
     }
     if config["q_lora_rank"] is not None:
         keys["attention.q_lora_rank"] = config["q_lora_rank"]
@@ -170,7 +129,41 @@ def _deepseek_move(name: str, model: ModelConfig) -> Move:
     return Same()
 
 
-GPT_OSS = Architecture("gpt-oss", ("gpt_oss",), _read_gpt_oss, _write_gpt_oss, _gpt_oss_move, _GPT_OSS_RENAMED)
+GPT_OSS = Architecture(
+    name="gpt-oss",
+    families=("gpt_oss",),
+    keys=(
+        *COMMON,
+        Key("intermediate_size", "expert_feed_forward_length"),
+        *expert_keys("num_local_experts"),
+        Key("sliding_window", "attention.sliding_window"),
+    ),
+    fixed={"model_type": "gpt_oss", "attention_bias": True},
+    read_rest=_read_gpt_oss,
+    write_rest=_write_gpt_oss,
+    move_of=_gpt_oss_move,
+    renamed=_GPT_OSS_RENAMED,
+)
 DEEPSEEK2 = Architecture(
-    "deepseek2", ("deepseek_v3",), _read_deepseek, _write_deepseek, _deepseek_move, _DEEPSEEK_RENAMED
+    name="deepseek2",
+    families=("deepseek_v3",),
+    keys=(
+        *COMMON,
+        Key("kv_lora_rank", "attention.kv_lora_rank"),
+        Key("qk_rope_head_dim", "rope.dimension_count"),
+        Key("intermediate_size", "feed_forward_length"),
+        Key("first_k_dense_replace", "leading_dense_block_count", default=0),
+        Key("moe_intermediate_size", "expert_feed_forward_length"),
+        *expert_keys("n_routed_experts"),
+        Key("n_shared_experts", "expert_shared_count"),
+        Key("routed_scaling_factor", "expert_weights_scale", float, 1.0),
+        Key("norm_topk_prob", "expert_weights_norm", bool, False),
+        Key("n_group", "expert_group_count", default=1),
+        Key("topk_group", "expert_group_used_count", default=1),
+    ),
+    fixed={"model_type": "deepseek_v3"},
+    read_rest=_read_deepseek,
+    write_rest=_write_deepseek,
+    move_of=_deepseek_move,
+    renamed=_DEEPSEEK_RENAMED,
 )

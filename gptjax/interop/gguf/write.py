@@ -28,7 +28,7 @@ from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import BlockConfig, ModelConfig
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -153,7 +153,7 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
         for theirs, shape in zip(place.names, place.whole_shapes(), strict=True)
     }
     metadata = {f"{architecture.name}.{key}": value for key, value in written.keys.items()}
-    _check(architecture, metadata, Found(shapes, written.rope_factors), model)
+    _check(architecture, metadata, Found(shapes, written.rope_factors if architecture.rope_factors else None), model)
     kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
@@ -188,7 +188,24 @@ def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found
         raise ValueError(
             f"llama.cpp's architecture {architecture.name} cannot be told all of this model, which differs in: "
             + "; ".join(lost[:6])
+            + _without_window(read, model)
         )
+
+
+def _without_window(read: ModelConfig, model: ModelConfig) -> str:
+    """What to do where llama.cpp has no windows and the model does."""
+    reaches = [_window(block) for block in model.blocks if _window(block) is not None]
+    if not reaches or any(_window(block) is not None for block in read.blocks):
+        return ""
+    return (
+        f"; it has no sliding window there, which makes a difference from position {min(reaches)} on. A model of "
+        "no more tokens is the same without: with sliding_window null and max_position_embeddings "
+        f"{min(reaches)} in its config.json, import it again and export that"
+    )
+
+
+def _window(block: BlockConfig) -> int | None:
+    return getattr(block.attention, "window", None)
 
 
 def _type(quantization: str) -> int:
