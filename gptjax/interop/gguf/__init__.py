@@ -66,7 +66,7 @@ def open_source(path: pathlib.Path) -> Source:
     file = find(path)
     header = read_header(file)
     architecture = architecture_of(header)
-    factors = header.tensors.get(rope.FACTORS_TENSOR) if architecture.rope_factors else None
+    factors = header.tensors.get(rope.FACTORS_TENSOR) if architecture.has_rope_factors else None
     if factors is not None and len(factors.shape) != 1:
         raise ValueError(f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}

@@ -25,13 +25,13 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Key:
-    """What both say with one key each.
+    """What both say with one key each; Hugging Face's may stand for several of GGUF's, which then say the same.
 
     Attributes:
       theirs: Hugging Face's.
       name: GGUF's, which has the architecture before it.
       kind: of the value; a whole number is at least 1, or as its default 0.
-      default: of llama.cpp's where the key is absent; None where it must be there.
+      default: where the key is absent, or how to find it from the keys before; None where it must be there.
       most: of a whole number to be believed.
     """
 
@@ -41,9 +41,14 @@ class Key:
     default: Any = None
     most: int = 2**31 - 1
 
-    def read(self, reader: ConfigReader) -> Any:
+    def default_for(self, config: Mapping[str, Any]) -> Any:
+        return self.default(config) if callable(self.default) else self.default
+
+    def read(self, reader: ConfigReader, config: Mapping[str, Any]) -> Any:
+        if self.theirs in config:
+            return reader.require(self.name, config[self.theirs], default=config[self.theirs])
         if self.kind is int and self.default != 0:
-            return reader.size(self.name, self.default, most=self.most)
+            return reader.size(self.name, self.default_for(config), most=self.most)
         return reader.take(self.name, self.kind, self.default)
 
 
@@ -56,21 +61,37 @@ COMMON = (
     Key("rope_theta", "rope.freq_base", float, 10_000.0),
 )
 """Of all that descend from Llama."""
+HEADS = (
+    Key("num_key_value_heads", "attention.head_count_kv", default=lambda config: config["num_attention_heads"]),
+    Key(
+        "head_dim",
+        "attention.key_length",
+        default=lambda config: config["hidden_size"] // config["num_attention_heads"],
+    ),
+    Key("head_dim", "attention.value_length"),
+    Key("head_dim", "rope.dimension_count"),
+)
+"""Of those with heads that are rotated as a whole."""
 
 
 def expert_keys(num_experts: str) -> tuple[Key, Key]:
-    """Keys of a mixture of experts, whose number has several names."""
+    """Of a mixture of experts, whose number has several names."""
     return Key(num_experts, "expert_count", most=MAX_EXPERTS), Key("num_experts_per_tok", "expert_used_count")
 
 
-def read_keys(reader: ConfigReader, keys: Sequence[Key]) -> dict[str, Any]:
-    """Hugging Face's values of a table's keys."""
-    return {key.theirs: key.read(reader) for key in keys}
+def read_keys(reader: ConfigReader, keys: Sequence[Key], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with Hugging Face's values of a table's keys."""
+    found = dict(config)
+    for key in keys:
+        found[key.theirs] = key.read(reader, found)
+    return found
 
 
 def write_keys(config: Mapping[str, Any], keys: Sequence[Key]) -> dict[str, Any]:
-    """The inverse of `read_keys`."""
-    return {key.name: key.kind(config.get(key.theirs, key.default)) for key in keys}
+    """GGUF's values of a table's keys, of which those that the config lacks are left out."""
+    given = {key: config.get(key.theirs) for key in keys}
+    values = {key.name: key.default_for(config) if value is None else value for key, value in given.items()}
+    return {key.name: key.kind(values[key.name]) for key in keys if values[key.name] is not None}
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,10 @@ def _same(name: str, model: ModelConfig) -> Move:
     return Same()
 
 
+def _nothing(*arguments: Any) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One of llama.cpp's architectures.
@@ -111,20 +136,22 @@ class Architecture:
       keys: that both configs have.
       fixed: what of Hugging Face's config is always so.
       read_rest: keys of Hugging Face's config besides, given those so far.
-      write_rest: the inverse; may lose what llama.cpp cannot be told.
+      write_rest: the inverse, without keys of rotations; may lose what llama.cpp cannot be told.
+      rotated: Hugging Face's key for how many dimensions of a head are.
+      has_rope_factors: whether llama.cpp reads `rope_freqs.weight`, and so can be told of Llama 3's rotation.
       renamed: see `names.places`.
-      rope_factors: whether llama.cpp reads `rope_freqs.weight`, and so can be told of Llama 3's rotation.
     """
 
     name: str
     families: tuple[str, ...]
     keys: tuple[Key, ...]
-    fixed: Mapping[str, Any]
-    read_rest: Callable[[ConfigReader, Found, Mapping[str, Any]], dict[str, Any]]
-    write_rest: Callable[[Mapping[str, Any]], Written]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    read_rest: Callable[[ConfigReader, Found, Mapping[str, Any]], dict[str, Any]] = _nothing
+    write_rest: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    rotated: str = "head_dim"
+    has_rope_factors: bool = False
     move_of: MoveOf = _same
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rope_factors: bool = False
 
     def read(self, reader: ConfigReader, found: Found) -> dict[str, Any]:
         """Hugging Face's config, `model_type` included; the vocabulary is as large as the embedding."""
@@ -133,37 +160,20 @@ class Architecture:
             raise ValueError(f"{reader.path}: token_embd.weight: missing")
         reader.require("vocab_size", shape[0], default=shape[0])
         reader.ignore(["tensor_data_layout"])
-        config = {"vocab_size": shape[0], "tie_word_embeddings": "output.weight" not in found.shapes}
-        config |= read_keys(reader, self.keys) | self.fixed
+        outer = {"vocab_size": shape[0], "tie_word_embeddings": "output.weight" not in found.shapes}
+        config = read_keys(reader, self.keys, outer) | self.fixed
+        if "rope_theta" in config:
+            dims, factors = config[self.rotated], found.rope_factors
+            scaling = rope.read(reader, theta=config["rope_theta"], dims=dims, factors=factors)
+            config |= {} if scaling is None else {"rope_scaling": scaling}
         return config | self.read_rest(reader, found, config)
 
     def write(self, config: Mapping[str, Any]) -> Written:
         """The inverse of `read`."""
-        rest = self.write_rest(config)
         keys = write_keys(config, self.keys) | {"vocab_size": config["vocab_size"]}
-        return Written(keys | dict(rest.keys), rest.rope_factors)
-
-
-def read_heads(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Attention with heads that are rotated as a whole."""
-    num_heads = config["num_attention_heads"]
-    head_dim = reader.size("attention.key_length", config["hidden_size"] // num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        reader.require(key, head_dim, default=head_dim)
-    scaling = rope.read(reader, theta=config["rope_theta"], dims=head_dim, factors=found.rope_factors)
-    num_kv_heads = reader.size("attention.head_count_kv", num_heads)
-    heads = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
-    return heads | ({} if scaling is None else {"rope_scaling": scaling})
-
-
-def write_heads(config: Mapping[str, Any]) -> Written:
-    """The inverse of `read_heads`."""
-    head_dim, scaling = config["head_dim"], config.get("rope_scaling")
-    theta = config.get("rope_theta", 0.0)  # a model of local layers alone names none
-    keys, factors = rope.write(scaling, theta=theta, dims=head_dim)
-    keys |= {"attention.head_count_kv": config["num_key_value_heads"]}
-    keys |= {"attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim}
-    return Written(keys, factors)
+        theta, dims = config.get("rope_theta", 0.0), config.get(self.rotated, 0)
+        scaling, factors = rope.write(config.get("rope_scaling"), theta=theta, dims=dims)
+        return Written(keys | scaling | self.write_rest(config), factors)
 
 
 _D_FF = Key("intermediate_size", "feed_forward_length")
@@ -171,19 +181,16 @@ _MIXTRAL = expert_keys("num_local_experts")
 
 
 def _read_llama(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
-    heads = read_heads(reader, found, config)
     if reader.take("expert_count", int, 0):
         reader.require("expert_feed_forward_length", config["intermediate_size"], default=config["intermediate_size"])
-        return heads | {"model_type": "mixtral"} | read_keys(reader, _MIXTRAL)
+        return read_keys(reader, _MIXTRAL, {"model_type": "mixtral"})
     reader.require("expert_used_count", 0, default=0)
     biases = {"attention_bias": found.has_biases("attn_q"), "mlp_bias": found.has_biases("ffn_gate")}
-    return heads | {"model_type": "llama"} | biases
+    return {"model_type": "llama"} | biases
 
 
-def _write_llama(config: Mapping[str, Any]) -> Written:
-    heads = write_heads(config)
-    experts = write_keys(config, _MIXTRAL) if "num_local_experts" in config else {}
-    return Written(dict(heads.keys) | experts, heads.rope_factors)
+def _write_llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    return write_keys(config, _MIXTRAL)
 
 
 def _llama_move(name: str, model: ModelConfig) -> Move:
@@ -195,7 +202,7 @@ def _llama_move(name: str, model: ModelConfig) -> Move:
 
 
 def _read_qwen3(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
-    return read_heads(reader, found, config) | {"attention_bias": found.has_biases("attn_q")}
+    return {"attention_bias": found.has_biases("attn_q")}
 
 
 _GEMMA3_PERIOD = 6  # each sixth layer sees everything
@@ -204,65 +211,56 @@ _SOFTCAP = "final_logit_softcapping"
 
 def _read_gemma3(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
     reader.require("attention.sliding_window_pattern", _GEMMA3_PERIOD, default=_GEMMA3_PERIOD)
-    heads, num_layers = read_heads(reader, found, config), config["num_hidden_layers"]
-    scalar = heads["head_dim"]
+    num_layers, scalar = config["num_hidden_layers"], config["head_dim"]
     if num_layers == 62:  # llama.cpp knows the model of 27B by this
         scalar = config["hidden_size"] // config["num_attention_heads"]
-    return heads | {
+    return {
         "layer_types": [SLIDING if layer % _GEMMA3_PERIOD else FULL for layer in range(1, num_layers + 1)],
         "query_pre_attn_scalar": scalar,
         _SOFTCAP: reader.optional(_SOFTCAP, float),
     }
 
 
-def _write_gemma3(config: Mapping[str, Any]) -> Written:
-    heads, softcap = write_heads(config), config.get(_SOFTCAP)
-    return Written(dict(heads.keys) | ({} if softcap is None else {_SOFTCAP: float(softcap)}), heads.rope_factors)
+def _write_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    return write_keys(config, [Key(_SOFTCAP, _SOFTCAP, float)])
 
 
 def _gemma3_move(name: str, model: ModelConfig) -> Move:
     return FromOne() if name.endswith("norm.weight") else Same()
 
 
-def _read_gpt2(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"n_inner": reader.size("feed_forward_length")}
-
-
-def _write_gpt2(config: Mapping[str, Any]) -> Written:
-    return Written({"feed_forward_length": config["n_inner"] or 4 * config["n_embd"]})
-
-
 def _gpt2_move(name: str, model: ModelConfig) -> Move:
     return Transposed() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else Same()
 
 
-_QWEN3 = {"model_type": "qwen3", "use_sliding_window": False}
-
 LLAMA = Architecture(
     name="llama",
     families=("llama", "mistral", "mixtral"),
-    keys=(*COMMON, _D_FF),
-    fixed={},
+    keys=(*COMMON, *HEADS, _D_FF),
     read_rest=_read_llama,
     write_rest=_write_llama,
+    has_rope_factors=True,
     move_of=_llama_move,
-    rope_factors=True,
 )
-QWEN3 = Architecture("qwen3", ("qwen3",), (*COMMON, _D_FF), _QWEN3, _read_qwen3, write_heads)
+QWEN3 = Architecture(
+    name="qwen3",
+    families=("qwen3",),
+    keys=(*COMMON, *HEADS, _D_FF),
+    fixed={"model_type": "qwen3", "use_sliding_window": False},
+    read_rest=_read_qwen3,
+)
 QWEN3_MOE = Architecture(
     name="qwen3moe",
     families=("qwen3_moe",),
-    keys=(*COMMON, _D_FF, *expert_keys("num_experts"), Key("moe_intermediate_size", "expert_feed_forward_length")),
-    fixed=_QWEN3 | {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    keys=(*QWEN3.keys, *expert_keys("num_experts"), Key("moe_intermediate_size", "expert_feed_forward_length")),
+    fixed={"model_type": "qwen3_moe", "use_sliding_window": False, "norm_topk_prob": True},
     read_rest=_read_qwen3,
-    write_rest=write_heads,
 )
 GEMMA3 = Architecture(
     name="gemma3",
     families=("gemma3_text",),
     keys=(
-        *COMMON,
-        _D_FF,
+        *QWEN3.keys,
         Key("sliding_window", "attention.sliding_window"),
         Key("rope_local_base_freq", "rope.freq_base_swa", float, 10_000.0),
     ),
@@ -279,10 +277,9 @@ GPT2 = Architecture(
         Key("n_embd", "embedding_length"),
         Key("n_layer", "block_count", most=MAX_LAYERS),
         Key("n_head", "attention.head_count"),
+        Key("n_inner", "feed_forward_length", default=lambda config: 4 * config["n_embd"]),
         Key("layer_norm_epsilon", "attention.layer_norm_epsilon", float),
     ),
     fixed={"model_type": "gpt2", "activation_function": "gelu_new"},
-    read_rest=_read_gpt2,
-    write_rest=_write_gpt2,
     move_of=_gpt2_move,
 )

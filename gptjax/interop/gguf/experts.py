@@ -7,19 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from gptjax.interop.gguf import rope
-from gptjax.interop.gguf.config import (
-    COMMON,
-    FULL,
-    SLIDING,
-    Architecture,
-    Found,
-    Key,
-    Written,
-    expert_keys,
-    read_heads,
-    write_heads,
-)
+from gptjax.interop.gguf.config import COMMON, FULL, HEADS, SLIDING, Architecture, Found, Key, expert_keys
 from gptjax.interop.gguf.names import AbsorbedHeads, Move, Same, TakenApart, Transposed
 from gptjax.interop.reader import ConfigReader
 from gptjax.nn.config import MLAConfig, ModelConfig
@@ -42,21 +30,18 @@ _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 
 
 def _read_gpt_oss(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
-    heads = read_heads(reader, found, config)
-    scaling = heads.get("rope_scaling", {"rope_type": "default"})
-    reader.require("feed_forward_length", config["intermediate_size"], default=config["intermediate_size"])
-    return heads | {
+    scaling = config.get("rope_scaling", {"rope_type": "default"})
+    return {
         # The reference does not round YaRN's range; llama.cpp does, and differs by that.
         "rope_scaling": scaling | ({"truncate": False} if scaling["rope_type"] == "yarn" else {}),
         "layer_types": [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
     }
 
 
-def _write_gpt_oss(config: Mapping[str, Any]) -> Written:
+def _write_gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["rope_scaling"].get("truncate") is False:
         logging.warning("gguf: llama.cpp rounds the range of YaRN, which this model does not")
-    heads = write_heads(config)
-    return Written(dict(heads.keys) | {"feed_forward_length": config["intermediate_size"]}, heads.rope_factors)
+    return {}
 
 
 def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
@@ -82,9 +67,8 @@ def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]
     else:
         reader.require("attention.head_count_kv", num_heads, default=num_heads)
         key_dim, value_dim = reader.size("attention.key_length"), reader.size("attention.value_length")
-    scaling = rope.read(reader, theta=config["rope_theta"], dims=rotated, factors=found.rope_factors)
-    multiplier = reader.optional(_LOG_MULTIPLIER, float)
-    if scaling is not None and scaling["rope_type"] == "yarn":
+    scaling, multiplier = config.get("rope_scaling", {}), reader.optional(_LOG_MULTIPLIER, float)
+    if scaling.get("rope_type") == "yarn":
         if not multiplier:
             raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: got {multiplier}, expected over 0 beside YaRN")
         mscale = float(f"{10 * multiplier:.6g}")
@@ -95,20 +79,18 @@ def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]
         "q_lora_rank": None if is_lite else reader.size("attention.q_lora_rank"),
         "qk_nope_head_dim": key_dim - rotated,
         "v_head_dim": value_dim,
-    } | ({} if scaling is None else {"rope_scaling": scaling})
+        "rope_scaling": scaling or None,
+    }
 
 
-def _write_deepseek(config: Mapping[str, Any]) -> Written:
+def _write_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["rms_norm_eps"] != _DEEPSEEK_EPS:
         logging.warning(
             "gguf: llama.cpp has the layers' epsilon, %g, in the norms of latents too, where this model has %g",
             config["rms_norm_eps"], _DEEPSEEK_EPS,
         )  # fmt: skip
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    scaling, factors = rope.write(config.get("rope_scaling"), theta=config["rope_theta"], dims=rotated)
-    if "rope.scaling.type" in scaling:
-        scaling[_LOG_MULTIPLIER] = 0.1 * config["rope_scaling"].get("mscale_all_dim", 0.0)
-    keys = scaling | {
+    keys = {
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rotated,
         "attention.value_length": rank,
@@ -118,7 +100,9 @@ def _write_deepseek(config: Mapping[str, Any]) -> Written:
     }
     if config["q_lora_rank"] is not None:
         keys["attention.q_lora_rank"] = config["q_lora_rank"]
-    return Written(keys, factors)
+    if (config.get("rope_scaling") or {}).get("rope_type") == "yarn":
+        keys[_LOG_MULTIPLIER] = 0.1 * config["rope_scaling"].get("mscale_all_dim", 0.0)
+    return keys
 
 
 def _deepseek_move(name: str, model: ModelConfig) -> Move:
@@ -134,7 +118,9 @@ GPT_OSS = Architecture(
     families=("gpt_oss",),
     keys=(
         *COMMON,
+        *HEADS,
         Key("intermediate_size", "expert_feed_forward_length"),
+        Key("intermediate_size", "feed_forward_length"),
         *expert_keys("num_local_experts"),
         Key("sliding_window", "attention.sliding_window"),
     ),
@@ -164,6 +150,7 @@ DEEPSEEK2 = Architecture(
     fixed={"model_type": "deepseek_v3"},
     read_rest=_read_deepseek,
     write_rest=_write_deepseek,
+    rotated="qk_rope_head_dim",
     move_of=_deepseek_move,
     renamed=_DEEPSEEK_RENAMED,
 )

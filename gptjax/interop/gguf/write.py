@@ -153,7 +153,9 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
         for theirs, shape in zip(place.names, place.whole_shapes(), strict=True)
     }
     metadata = {f"{architecture.name}.{key}": value for key, value in written.keys.items()}
-    _check(architecture, metadata, Found(shapes, written.rope_factors if architecture.rope_factors else None), model)
+    _check(
+        architecture, metadata, Found(shapes, written.rope_factors if architecture.has_rope_factors else None), model
+    )
     kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
