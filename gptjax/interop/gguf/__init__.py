@@ -77,7 +77,7 @@ def open_source(path: pathlib.Path) -> Source:
         architecture.name,
         wanted,
         model,
-        move_of=architecture.move_of,
+        moves=architecture.moves,
         renamed=architecture.renamed,
         present=header.tensors.keys(),
     )

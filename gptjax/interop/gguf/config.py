@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.interop.gguf import rope
-from gptjax.interop.gguf.names import FromOne, Move, MoveOf, Pairs, Same, Transposed
+from gptjax.interop.gguf.names import FROM_ONE, TRANSPOSED, Move, Moves, pairs
 from gptjax.interop.layout import Shape
 from gptjax.interop.reader import MAX_EXPERTS, MAX_LAYERS, ConfigReader
-from gptjax.nn.config import AttentionConfig, ModelConfig
+from gptjax.nn.config import ModelConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -52,6 +52,10 @@ class Key:
         return reader.take(self.name, self.kind, self.default)
 
 
+def _width_by_heads(config: Mapping[str, Any]) -> int:
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
 COMMON = (
     Key("max_position_embeddings", "context_length"),
     Key("hidden_size", "embedding_length"),
@@ -63,11 +67,7 @@ COMMON = (
 """Of all that descend from Llama."""
 HEADS = (
     Key("num_key_value_heads", "attention.head_count_kv", default=lambda config: config["num_attention_heads"]),
-    Key(
-        "head_dim",
-        "attention.key_length",
-        default=lambda config: config["hidden_size"] // config["num_attention_heads"],
-    ),
+    Key("head_dim", "attention.key_length", default=_width_by_heads),
     Key("head_dim", "attention.value_length"),
     Key("head_dim", "rope.dimension_count"),
 )
@@ -119,10 +119,6 @@ class Written:
     rope_factors: np.ndarray | None = None
 
 
-def _same(name: str, model: ModelConfig) -> Move:
-    return Same()
-
-
 def _nothing(*arguments: Any) -> dict[str, Any]:
     return {}
 
@@ -139,7 +135,7 @@ class Architecture:
       write_rest: the inverse, without keys of rotations; may lose what llama.cpp cannot be told.
       rotated: Hugging Face's key for how many dimensions of a head are.
       has_rope_factors: whether llama.cpp reads `rope_freqs.weight`, and so can be told of Llama 3's rotation.
-      renamed: see `names.places`.
+      moves, renamed: see `names.places`.
     """
 
     name: str
@@ -150,7 +146,7 @@ class Architecture:
     write_rest: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     rotated: str = "head_dim"
     has_rope_factors: bool = False
-    move_of: MoveOf = _same
+    moves: Moves = field(default_factory=dict)
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: ConfigReader, found: Found) -> dict[str, Any]:
@@ -193,12 +189,8 @@ def _write_llama(config: Mapping[str, Any]) -> dict[str, Any]:
     return write_keys(config, _MIXTRAL)
 
 
-def _llama_move(name: str, model: ModelConfig) -> Move:
-    attention = model.blocks[0].attention
-    assert isinstance(attention, AttentionConfig), "heads"
-    heads = {"q_proj": attention.num_heads, "k_proj": attention.num_kv_heads}
-    projection = name.split(".")[-2]
-    return Pairs(heads[projection]) if projection in heads else Same()
+def _pairs_of(heads: str) -> Callable[[ModelConfig], Move]:
+    return lambda model: pairs(getattr(model.blocks[0].attention, heads))
 
 
 def _read_qwen3(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +205,7 @@ def _read_gemma3(reader: ConfigReader, found: Found, config: Mapping[str, Any]) 
     reader.require("attention.sliding_window_pattern", _GEMMA3_PERIOD, default=_GEMMA3_PERIOD)
     num_layers, scalar = config["num_hidden_layers"], config["head_dim"]
     if num_layers == 62:  # llama.cpp knows the model of 27B by this
-        scalar = config["hidden_size"] // config["num_attention_heads"]
+        scalar = _width_by_heads(config)
     return {
         "layer_types": [SLIDING if layer % _GEMMA3_PERIOD else FULL for layer in range(1, num_layers + 1)],
         "query_pre_attn_scalar": scalar,
@@ -225,14 +217,6 @@ def _write_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     return write_keys(config, [Key(_SOFTCAP, _SOFTCAP, float)])
 
 
-def _gemma3_move(name: str, model: ModelConfig) -> Move:
-    return FromOne() if name.endswith("norm.weight") else Same()
-
-
-def _gpt2_move(name: str, model: ModelConfig) -> Move:
-    return Transposed() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else Same()
-
-
 LLAMA = Architecture(
     name="llama",
     families=("llama", "mistral", "mixtral"),
@@ -240,7 +224,11 @@ LLAMA = Architecture(
     read_rest=_read_llama,
     write_rest=_write_llama,
     has_rope_factors=True,
-    move_of=_llama_move,
+    moves={
+        f"{projection}.{kind}": _pairs_of(heads)
+        for projection, heads in (("q_proj", "num_heads"), ("k_proj", "num_kv_heads"))
+        for kind in ("weight", "bias")
+    },
 )
 QWEN3 = Architecture(
     name="qwen3",
@@ -267,7 +255,7 @@ GEMMA3 = Architecture(
     fixed={"model_type": "gemma3_text"},
     read_rest=_read_gemma3,
     write_rest=_write_gemma3,
-    move_of=_gemma3_move,
+    moves={"norm.weight": FROM_ONE},
 )
 GPT2 = Architecture(
     name="gpt2",
@@ -281,5 +269,5 @@ GPT2 = Architecture(
         Key("layer_norm_epsilon", "attention.layer_norm_epsilon", float),
     ),
     fixed={"model_type": "gpt2", "activation_function": "gelu_new"},
-    move_of=_gpt2_move,
+    moves=dict.fromkeys(("c_attn.weight", "c_proj.weight", "c_fc.weight"), TRANSPOSED),
 )

@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from gptjax.interop.gguf.config import COMMON, FULL, HEADS, SLIDING, Architecture, Found, Key, expert_keys
-from gptjax.interop.gguf.names import AbsorbedHeads, Move, Same, TakenApart, Transposed
+from gptjax.interop.gguf.names import SAME, TRANSPOSED, Move, absorbed_heads, taken_apart
 from gptjax.interop.reader import ConfigReader
 from gptjax.nn.config import MLAConfig, ModelConfig
 
@@ -44,15 +44,6 @@ def _write_gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _gpt_oss_move(name: str, model: ModelConfig) -> Move:
-    moves: dict[str, Move] = {
-        "gate_up_proj": TakenApart(Transposed()),
-        "gate_up_proj_bias": TakenApart(),
-        "down_proj": Transposed(),
-    }
-    return moves.get(name.rsplit(".", 1)[-1], Same())
-
-
 def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
     reader.require("expert_gating_func", _SIGMOID)
     reader.require("nextn_predict_layers", 0, default=0)
@@ -72,7 +63,7 @@ def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]
         if not multiplier:
             raise ValueError(f"{reader.path}: {_LOG_MULTIPLIER}: got {multiplier}, expected over 0 beside YaRN")
         mscale = float(f"{10 * multiplier:.6g}")
-        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
+        scaling = scaling | {"mscale": mscale, "mscale_all_dim": mscale}
     reader.ignore(["attention.q_lora_rank"] if is_lite else [])
     return {
         "num_key_value_heads": num_heads,
@@ -105,12 +96,10 @@ def _write_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def _deepseek_move(name: str, model: ModelConfig) -> Move:
+def _absorbed(model: ModelConfig) -> Move:
     attention = model.blocks[0].attention
     assert isinstance(attention, MLAConfig), "latent attention"
-    if name.endswith("kv_b_proj.weight"):
-        return AbsorbedHeads(attention.num_heads, attention.nope_head_dim, attention.v_head_dim)
-    return Same()
+    return absorbed_heads(attention)
 
 
 GPT_OSS = Architecture(
@@ -127,7 +116,11 @@ GPT_OSS = Architecture(
     fixed={"model_type": "gpt_oss", "attention_bias": True},
     read_rest=_read_gpt_oss,
     write_rest=_write_gpt_oss,
-    move_of=_gpt_oss_move,
+    moves={
+        "gate_up_proj": taken_apart(TRANSPOSED),
+        "gate_up_proj_bias": taken_apart(SAME),
+        "down_proj": TRANSPOSED,
+    },
     renamed=_GPT_OSS_RENAMED,
 )
 DEEPSEEK2 = Architecture(
@@ -151,6 +144,6 @@ DEEPSEEK2 = Architecture(
     read_rest=_read_deepseek,
     write_rest=_write_deepseek,
     rotated="qk_rope_head_dim",
-    move_of=_deepseek_move,
+    moves={"kv_b_proj.weight": _absorbed},
     renamed=_DEEPSEEK_RENAMED,
 )

@@ -144,7 +144,7 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
         architecture.name,
         units(family, model),
         model,
-        move_of=architecture.move_of,
+        moves=architecture.moves,
         renamed=architecture.renamed,
     )
     shapes = {
