@@ -14,7 +14,7 @@ from gptjax.interop.gguf import experts, names, rope
 from gptjax.interop.gguf import tokenizer as gguf_tokenizer
 from gptjax.interop.gguf.config import GEMMA3, GPT2, LLAMA, QWEN3, QWEN3_MOE, Architecture, Found
 from gptjax.interop.gguf.file import MAGIC, GgufFile, is_later_part, read_header
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.reader import MAX_LAYERS, ConfigReader
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, Unit, read_config, units
 from gptjax.nn.config import ModelConfig
@@ -67,8 +67,11 @@ def open_source(path: pathlib.Path) -> Source:
     header = read_header(file)
     architecture = architecture_of(header)
     factors = header.tensors.get(rope.FACTORS_TENSOR) if architecture.has_rope_factors else None
-    if factors is not None and len(factors.shape) != 1:
-        raise ValueError(f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
+    if factors is not None and (len(factors.shape) != 1 or factors.shape[0] > rope.MAX_FACTORS):
+        raise ValueError(
+            f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension of at most "
+            f"{rope.MAX_FACTORS}"
+        )
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     found = Found(shapes, None if factors is None else factors.read())
     config, family, model = read_model(architecture, header.metadata, found, path=str(file))
@@ -102,9 +105,9 @@ def architecture_of(header: GgufFile) -> Architecture:
       ValueError: if it is not one of `ARCHITECTURES`.
     """
     name = header.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
-            f"{header.path}: general.architecture: got {name!r}, expected one of {', '.join(ARCHITECTURES)}"
+            f"{header.path}: general.architecture: got {name!r:.80}, expected one of {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
@@ -118,7 +121,11 @@ def read_model(
       ValueError: naming the key that is missing, unknown or not supported.
     """
     prefix = architecture.name + "."
-    own = {key[len(prefix) :]: _plain(value) for key, value in metadata.items() if key.startswith(prefix)}
+    own = {
+        key[len(prefix) :]: _plain(value, path=f"{path}: {key}")
+        for key, value in metadata.items()
+        if key.startswith(prefix)
+    }
     reader = ConfigReader(own, path=f"{path}: {architecture.name}")
     config = architecture.read(reader, found)
     reader.finish()
@@ -128,8 +135,10 @@ def read_model(
     return config, family, read_config(family, config, path=path)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, path: str) -> Any:
     """One number for a list of equal ones: some write what all layers have for each layer."""
+    if isinstance(value, np.ndarray | list) and len(value) > MAX_LAYERS:
+        raise ValueError(f"{path}: got a list of {len(value):,}, expected at most {MAX_LAYERS}, one for each layer")
     if isinstance(value, np.ndarray):
         return value[0].item() if value.size and (value == value[0]).all() else value.tolist()
     return value
