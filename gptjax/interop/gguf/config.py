@@ -157,7 +157,7 @@ class Architecture:
         reader.require("vocab_size", shape[0], default=shape[0])
         reader.ignore(["tensor_data_layout"])
         outer = {"vocab_size": shape[0], "tie_word_embeddings": "output.weight" not in found.shapes}
-        config = read_keys(reader, self.keys, outer) | self.fixed
+        config = read_keys(reader, self.keys, outer) | dict(self.fixed)
         if "rope_theta" in config:
             dims, factors = config[self.rotated], found.rope_factors
             scaling = rope.read(reader, theta=config["rope_theta"], dims=dims, factors=factors)

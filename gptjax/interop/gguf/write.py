@@ -28,7 +28,7 @@ from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
-from gptjax.nn.config import BlockConfig, ModelConfig
+from gptjax.nn.config import ModelConfig
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -196,18 +196,19 @@ def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found
 
 def _without_window(read: ModelConfig, model: ModelConfig) -> str:
     """What to do where llama.cpp has no windows and the model does."""
-    reaches = [_window(block) for block in model.blocks if _window(block) is not None]
-    if not reaches or any(_window(block) is not None for block in read.blocks):
+    windows = _windows(model)
+    if not windows or _windows(read):
         return ""
     return (
-        f"; it has no sliding window there, which makes a difference from position {min(reaches)} on. A model of "
-        "no more tokens is the same without: with sliding_window null and max_position_embeddings "
-        f"{min(reaches)} in its config.json, import it again and export that"
+        f"; it has no sliding window there, which makes a difference from position {min(windows)} on. A model of no "
+        "more tokens is the same without: with sliding_window null and max_position_embeddings "
+        f"{min(windows)} in its config.json, import it again and export that"
     )
 
 
-def _window(block: BlockConfig) -> int | None:
-    return getattr(block.attention, "window", None)
+def _windows(model: ModelConfig) -> set[int]:
+    found = (getattr(block.attention, "window", None) for block in model.blocks)
+    return {window for window in found if window is not None}
 
 
 def _type(quantization: str) -> int:
