@@ -8,6 +8,7 @@ Source: llama.cpp, `convert_hf_to_gguf.py` and the `gguf` package's `tensor_mapp
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,9 +139,7 @@ def places(
     gguf = gguf_package()
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(key, model.num_layers)
-    experts = {name: 0 for name in (_EXPERT.sub(".experts.", unit.theirs) for unit in units)}
-    for unit in units:
-        experts[_EXPERT.sub(".experts.", unit.theirs)] += bool(_EXPERT.search(unit.theirs))
+    experts = collections.Counter(_EXPERT.sub(".experts.", u.theirs) for u in units if _EXPERT.search(u.theirs))
     found = {}
     for unit in units:
         merged = _EXPERT.sub(".experts.", unit.theirs)

@@ -160,22 +160,14 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
         tensors[rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
+    file_type = "ALL_F32" if quantization == "f32" else f"MOSTLY_{quantization.upper()}"
     general = {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.file_type": int(gguf_package().LlamaFileType[_FILE_TYPES[quantization]]),
+        "general.file_type": int(gguf_package().LlamaFileType[file_type]),
         "general.quantization_version": gguf_package().GGML_QUANT_VERSION,
     }
     return Plan(architecture, family, general | metadata, tensors, places, written.rope_factors)
-
-
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-}
 
 
 def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found, model: ModelConfig) -> None:
