@@ -190,4 +190,4 @@ def test_llama_cpp_runs_a_quantised_file_as_we_do(tmp_path):
 def test_pairs_and_halves_are_inverse():
     rows = np.arange(24).reshape(12, 2)
     assert np.array_equal(to_pairs(to_halves(rows, num_heads=2), num_heads=2), rows)
-    assert to_halves(np.arange(8), num_heads=2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert to_halves(np.arange(12), num_heads=2).tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
