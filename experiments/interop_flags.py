@@ -78,6 +78,7 @@ def table(certificate: Certificate) -> str:
         equal = total - len(certificate.tokenizer.different) - len(known)
         lines.append(f"  tokenizer: ids of {equal} of {total} strings are equal")
         lines += [f"    {text!r:.40}: {reason}" for text, reason in known.items()]
+    lines += [f"  note: {note}" for note in certificate.notes]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from gptjax import lock
 from gptjax.checkpoint import reading
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop import formats, hf, onnx, params, publish, referees, saved_model, stablehlo
-from gptjax.interop.certificate import TOLERANCES, Certificate, Tolerance
+from gptjax.interop.certificate import Certificate, Tolerance
 from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.gguf.write import QUANTIZATIONS
 from gptjax.interop.judging import CHECK, Check, closing, judge
@@ -150,10 +150,10 @@ def _tolerance(format: str, options: Options, model: ModelConfig) -> tuple[str, 
     """What the values became, and what that may change."""
     if format == "gguf":
         name = _quantization(options)
-        base = TOLERANCES[{"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)]
-        return name, llama_cpp.tolerance(model, base)
+        dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)
+        return name, llama_cpp.tolerance(model, certificate_lib.tolerance(dtype, model))
     name = "float32" if options.dtype is None else options.dtype.name
-    return "as stored" if options.dtype is None else name, TOLERANCES[name]
+    return "as stored" if options.dtype is None else name, certificate_lib.tolerance(name, model)
 
 
 def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options: Options) -> Certificate:

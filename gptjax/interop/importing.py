@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.checkpoint import arrays, reading
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop import checkpoint, formats, publish, referees, stream
-from gptjax.interop.certificate import TOLERANCES, Certificate
+from gptjax.interop.certificate import Certificate
 from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.referees import llama_cpp
 from gptjax.interop.runner import GptjaxRunner
@@ -57,7 +57,7 @@ def _prove(
     values, problems = _compare_values(source, directory, dtype=dtype, num_threads=num_threads)
     meta = reading.read_meta(directory)
     stored = {leaf.dtype.name for leaf in arrays.stored_shapes(directory / "params").values()}
-    tolerance = TOLERANCES["float32" if dtype is None else dtype.name]
+    tolerance = certificate_lib.tolerance("float32" if dtype is None else dtype.name, source.model)
     if source.format != "hf":
         tolerance = llama_cpp.tolerance(source.model, tolerance)
     found = Certificate(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 import gptjax
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.interop import exporting, hf, importing, stream
+from gptjax.interop import certificate, exporting, hf, importing, stream
 from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
 from gptjax.nn.config import MoEConfig
+from tests.interop import gguf_models
 from tests.tiny import TINY, random_params
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -81,6 +83,32 @@ def test_another_model_is_rejected_and_says_where_it_differs(tmp_path, monkeypat
     assert not error.value.certificate.accepted
     assert not (tmp_path / "hf").exists() and (tmp_path / "hf.rejected" / "certificate.json").exists()
     assert not json.loads((tmp_path / "hf.rejected" / "certificate.json").read_text())["accepted"]
+
+
+def test_of_a_mixture_the_mean_is_judged(tmp_path, monkeypatch):
+    """Two experts of one layer swapped are far outside of what rounding to bfloat16 may do to the choice of experts."""
+    gguf_models.saved(gguf_models.CONFIGS["mixtral"], tmp_path / "ckpt")
+    options = Options(dtype=np.dtype("bfloat16"))
+    honest = hf.write
+    found = exporting.export(tmp_path / "ckpt", tmp_path / "good", format="hf", options=options)
+    assert found.accepted and found.tolerance == certificate.tolerance(
+        "bfloat16", hf.open_source(tmp_path / "good").model
+    )
+
+    def forged(checkpoint, folder, **options):
+        family = honest(checkpoint, folder, **options)
+        tensors = hf.SafetensorsFolder(folder)
+        first, second = (tensors[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in (0, 1))
+        contents = first.read(), second.read()
+        for tensor, value in zip((second, first), contents, strict=True):
+            with tensor.file.open("r+b") as file:
+                file.seek(tensor.offset)
+                file.write(np.ascontiguousarray(value).tobytes())
+        return family
+
+    monkeypatch.setattr(hf, "write", forged)
+    with pytest.raises(RejectedError, match="mean KL"):
+        exporting.export(tmp_path / "ckpt", tmp_path / "bad", format="hf", options=options)
 
 
 def test_what_training_saved_and_lost_is_not_exported(tmp_path):
@@ -192,3 +220,16 @@ def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
     run, params = saved(tmp_path)
     (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
     assert same(gptjax.load(run).params, params)
+
+
+def test_what_llama_cpp_runs_otherwise_is_a_note_and_no_fault_of_the_conversion(tmp_path):
+    pytest.importorskip("xllamacpp")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+    config = gguf_models.CONFIGS["gpt_oss"] | {"rope_scaling": yarn, "rope_theta": 150_000.0}
+    gguf_models.saved(config, tmp_path / "ckpt")
+    found = exporting.export(tmp_path / "ckpt", tmp_path / "out", format="gguf", options=Options(quantization="f32"))
+    assert max(row.max_logit_difference for row in found.comparisons) < 3e-4
+    (note,) = found.notes
+    assert "rounds the range of YaRN" in note and float(re.search(r"differ by up to (\S+)", note)[1]) > 1e-3
+    back = importing.import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    assert max(row.max_logit_difference for row in back.comparisons) < 3e-4 and back.notes == found.notes
