@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
-
 from gptjax.interop.gguf.config import COMMON, FULL, HEADS, SLIDING, Architecture, Found, Key, expert_keys
 from gptjax.interop.gguf.names import SAME, TRANSPOSED, Move, absorbed_heads, taken_apart
 from gptjax.interop.reader import ConfigReader
@@ -23,7 +21,6 @@ _DEEPSEEK_RENAMED = {
     "mlp.gate.e_score_correction_bias": ("exp_probs_b.bias",),
     "self_attn.kv_b_proj.weight": ("attn_k_b.weight", "attn_v_b.weight"),
 }
-_DEEPSEEK_EPS = 1e-6  # of the latents' norms in the reference, where llama.cpp has that of the layers
 _LITE_LAYERS = (26, 27)  # by which llama.cpp knows the models whose queries have no latent
 _SIGMOID = 2  # `expert_gating_func`
 _LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
@@ -36,12 +33,6 @@ def _read_gpt_oss(reader: ConfigReader, found: Found, config: Mapping[str, Any])
         "rope_scaling": scaling | ({"truncate": False} if scaling["rope_type"] == "yarn" else {}),
         "layer_types": [FULL if layer % 2 else SLIDING for layer in range(config["num_hidden_layers"])],
     }
-
-
-def _write_gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config["rope_scaling"].get("truncate") is False:
-        logging.warning("gguf: llama.cpp rounds the range of YaRN, which this model does not")
-    return {}
 
 
 def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,11 +66,6 @@ def _read_deepseek(reader: ConfigReader, found: Found, config: Mapping[str, Any]
 
 
 def _write_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config["rms_norm_eps"] != _DEEPSEEK_EPS:
-        logging.warning(
-            "gguf: llama.cpp has the layers' epsilon, %g, in the norms of latents too, where this model has %g",
-            config["rms_norm_eps"], _DEEPSEEK_EPS,
-        )  # fmt: skip
     rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
     keys = {
         "attention.head_count_kv": 1,
@@ -115,7 +101,6 @@ GPT_OSS = Architecture(
     ),
     fixed={"model_type": "gpt_oss", "attention_bias": True},
     read_rest=_read_gpt_oss,
-    write_rest=_write_gpt_oss,
     moves={
         "gate_up_proj": taken_apart(TRANSPOSED),
         "gate_up_proj_bias": taken_apart(SAME),

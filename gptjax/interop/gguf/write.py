@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import BlockConfig, MLAConfig, ModelConfig
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -153,9 +154,11 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
         for theirs, shape in zip(place.names, place.whole_shapes(), strict=True)
     }
     metadata = {f"{architecture.name}.{key}": value for key, value in written.keys.items()}
-    _check(
-        architecture, metadata, Found(shapes, written.rope_factors if architecture.has_rope_factors else None), model
-    )
+    factors = written.rope_factors if architecture.has_rope_factors else None
+    _check(architecture, metadata, Found(shapes, factors), model)
+    _, otherwise = as_run(model)
+    if otherwise:
+        logging.warning("gguf: %s", otherwise)
     kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
@@ -184,6 +187,37 @@ def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found
             + "; ".join(lost[:6])
             + _without_window(read, model)
         )
+
+
+def as_run(model: ModelConfig) -> tuple[ModelConfig, str]:
+    """The model that llama.cpp runs where a file holds this one, and what it cannot be told; empty if nothing."""
+    changes = {
+        # For every architecture: `ggml_rope_yarn_corr_dims`.
+        "llama.cpp rounds the range of YaRN, which this model does not": _rounded,
+        "llama.cpp takes the layers' epsilon for the norms of latents, where this model has another": _of_one_epsilon,
+    }
+    reasons = []
+    for reason, change in changes.items():
+        groups = tuple(dataclasses.replace(each, pattern=tuple(map(change, each.pattern))) for each in model.groups)
+        if groups != model.groups:
+            model = dataclasses.replace(model, groups=groups)
+            reasons.append(reason)
+    return model, "; ".join(reasons)
+
+
+def _rounded(block: BlockConfig) -> BlockConfig:
+    rope = block.attention.rope
+    if rope is None or rope.scaling is None or rope.scaling.kind != "yarn":
+        return block
+    rope = dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, truncate=True))
+    return dataclasses.replace(block, attention=dataclasses.replace(block.attention, rope=rope))
+
+
+def _of_one_epsilon(block: BlockConfig) -> BlockConfig:
+    if not isinstance(block.attention, MLAConfig):
+        return block
+    norm = dataclasses.replace(block.attention.norm, eps=block.norm.eps)
+    return dataclasses.replace(block, attention=dataclasses.replace(block.attention, norm=norm))
 
 
 def _without_window(read: ModelConfig, model: ModelConfig) -> str:
