@@ -12,9 +12,10 @@ from etils import epath
 from gptjax import lock
 from gptjax.checkpoint import reading
 from gptjax.interop import certificate as certificate_lib
-from gptjax.interop import formats, gguf_write, hf, onnx, params, publish, referees, saved_model, stablehlo
+from gptjax.interop import formats, hf, onnx, params, publish, referees, saved_model, stablehlo
 from gptjax.interop.certificate import Certificate, Tolerance
-from gptjax.interop.gguf_write import QUANTIZATIONS
+from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.write import QUANTIZATIONS
 from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.referees import llama_cpp
 from gptjax.interop.runner import GptjaxRunner, Runner

@@ -20,7 +20,7 @@ from gptjax import config as config_lib
 from gptjax.checkpoint import arrays
 from gptjax.checkpoint.meta import model_differences
 from gptjax.interop.layout import Layout, Same, Shape
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.reader import MAX_EXPERTS_TOGETHER, ConfigReader
 from gptjax.nn import transformer
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig, MoEConfig
 
@@ -212,6 +212,9 @@ def read_config(family: Family, values: Mapping[str, Any], *, path: str) -> Mode
         model = family.read_config(reader)
         reader.finish()
         config_lib.check(model)
+        num_experts = sum(block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoEConfig))
+        if num_experts > MAX_EXPERTS_TOGETHER:
+            raise ValueError(f"{num_experts:,} experts in all layers together, expected at most {MAX_EXPERTS_TOGETHER}")
     except ValueError as error:  # our own configs' do not know of the file
         raise error if str(error).startswith(path) else ValueError(f"{path}: {error}") from error
     return model

@@ -20,7 +20,7 @@ from gptjax.interop import certificate, exporting, hf, importing, stream
 from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
 from gptjax.nn.config import MoEConfig
-from tests.interop import gguf_models
+from tests.interop.gguf import models as gguf_models
 from tests.tiny import TINY, random_params
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
