@@ -120,13 +120,6 @@ class ConfigReader:
         """Raises:
         ValueError: naming the keys that nobody took.
         """
-        if "quantization_config" in self._left:
-            packed = self._values["quantization_config"]
-            method = packed.get("quant_method") if isinstance(packed, dict) else packed
-            raise ValueError(
-                f"{self.path}: quantization_config: got weights packed by {method!r}, expected float32, bfloat16 or "
-                "float16; unpack them with the library that packed them, and import the result"
-            )
         if self._left:
             name = sorted(self._left)[0]
             others = (

@@ -274,8 +274,6 @@ REFUSED = {
     "swiglu_limit": ("gpt_oss", {"swiglu_limit": 6.0}),
     "layer_types": ("gpt_oss", {"layer_types": ["full_attention"]}),
     "rope_scaling": ("gpt_oss", {"rope_parameters": None}),
-    "quant_method": ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}),
-    "quantization_config": ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}),
     "rope_interleave": ("deepseek_v3", {"rope_interleave": False}),
     "num_key_value_heads": ("deepseek_v3", {"num_key_value_heads": 2}),
     "scoring_func": ("deepseek_v3", {"scoring_func": "softmax"}),
