@@ -13,7 +13,7 @@ from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import packed, safetensors, stream, tokenizers
 from gptjax.interop.checkpoint import JOURNAL, CheckpointTensors
-from gptjax.interop.families import FAMILIES
+from gptjax.interop.families import FAMILIES, MULTIMODAL
 from gptjax.interop.reader import ConfigReader
 from gptjax.interop.safetensors import SafetensorsFolder, SafetensorsWriter
 from gptjax.interop.source import Readable, Source
@@ -40,15 +40,21 @@ def open_source(folder: pathlib.Path) -> Source:
     """
     path = folder / CONFIG_FILE
     values = _read_json(path)
-    name = values.get("model_type")
-    if name not in FAMILIES:
-        raise ValueError(f"{path}: model_type: got {name!r}, expected one of {', '.join(FAMILIES)}")
+    name, where = values.get("model_type"), str(path)
+    known = [*FAMILIES, *MULTIMODAL]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{path}: model_type: got {name!r:.80}, expected one of {', '.join(known)}")
+    around = MULTIMODAL.get(name)
     _check_format(folder)
     stored = SafetensorsFolder(folder)
-    packing = ConfigReader(values, path=str(path)).section(packed.KEY)
-    family = FAMILIES[name]
-    model = read_config(family, {key: value for key, value in values.items() if key != packed.KEY}, path=str(path))
-    tensors = _normal(folder, packed.unpacked(stored, packing), family, model)
+    tensors = packed.unpacked(stored, ConfigReader(values, path=where).section(packed.KEY))
+    config: Mapping[str, Any] = {key: value for key, value in values.items() if key != packed.KEY}
+    if around is not None:
+        config = around.text_config(config, path=where)
+        tensors = around.text_tensors(tensors, path=str(folder))
+    family = FAMILIES[name] if around is None else around.family
+    model = read_config(family, config, path=where)
+    tensors = _normal(folder, tensors, family, model)
     return Source(
         path=folder,
         format="hf",

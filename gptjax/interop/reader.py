@@ -42,6 +42,10 @@ class ConfigReader:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def assume(self, defaults: Mapping[str, Any]) -> None:
+        """What absent and null keys mean from here on."""
+        self._values |= {name: value for name, value in defaults.items() if name not in self}
+
     def take(self, name: str, kind: type[T], default: T | None = None) -> T:
         """The value of a key; absent and null mean the default, without which the key is required.
 

@@ -81,7 +81,7 @@ class TransformersRunner:
         def after(module: Any, args: tuple, output: Any) -> None:
             found.append((output[0] if isinstance(output, tuple) else output)[0].numpy().copy())
 
-        base = self._model.base_model
+        base = getattr(self._model.base_model, "language_model", self._model.base_model)  # where it sees images too
         layers = base.layers if hasattr(base, "layers") else base.h
         hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
         hooks += [layer.register_forward_hook(after) for layer in layers]
