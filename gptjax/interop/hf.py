@@ -12,11 +12,11 @@ from etils import epath
 from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import packed, safetensors, stream, tokenizers
-from gptjax.interop.checkpoint import JOURNAL, CheckpointTensors
+from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.families import FAMILIES, MULTIMODAL
 from gptjax.interop.reader import ConfigReader
 from gptjax.interop.safetensors import SafetensorsFolder, SafetensorsWriter
-from gptjax.interop.source import Readable, Source
+from gptjax.interop.source import Readable, Source, digest
 from gptjax.interop.table import Family, family_of, read_config
 from gptjax.json_files import read_json, write_json
 from gptjax.nn.config import ModelConfig
@@ -70,7 +70,10 @@ def open_source(folder: pathlib.Path) -> Source:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: missing; expected a Hugging Face folder with it")
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply for a config") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
@@ -108,7 +111,7 @@ def _normal(
 
 def _equal(first: Readable, second: Readable) -> bool:
     same = first.shape == second.shape and first.dtype == second.dtype
-    return same and np.array_equal(first.read().reshape(-1).view(np.uint8), second.read().reshape(-1).view(np.uint8))
+    return same and digest(first.read()) == digest(second.read())
 
 
 def write(
@@ -134,7 +137,7 @@ def write(
     tensors = CheckpointTensors(checkpoint, family, meta.model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"dtype": None if dtype is None else dtype.name, "family": family.name, "shard": max_shard_bytes}
-    journal = stream.Journal(folder / JOURNAL, job={"checkpoint": meta.checksums, **settings})
+    journal = stream.Journal(folder / stream.JOURNAL_FILE, job={"checkpoint": meta.checksums, **settings})
     shards = safetensors.plan_shards(
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, max_shard_bytes=max_shard_bytes
     )
@@ -152,7 +155,7 @@ def write(
     tensors.verify(journal.notes)
     _write_config(folder, family, meta.model, next(iter(tensors.values())).dtype)
     _write_tokenizer(folder, checkpoint)
-    journal.remove()
+    journal.close()
     return family
 
 

@@ -12,6 +12,8 @@ MAX_LAYERS = 1024
 """Of a config to be believed: layers are listed one by one."""
 MAX_EXPERTS = 4096
 """Likewise of one layer."""
+MAX_EXPERTS_IN_ALL = 1 << 17
+"""Likewise of all layers: each has tensors of its own to be listed."""
 _MAX_SIZE = 2**31 - 1
 
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.

@@ -278,6 +278,12 @@ def folder(request, tmp_path_factory):
     return path
 
 
+def test_a_config_nested_without_end_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match="config.json: is (nested too deeply|not JSON)"):
+        hf.open_source(tmp_path)
+
+
 def changed(folder, tmp_path, change):
     """The folder with its tensors, by name, changed."""
     tensors = safetensors.load_file(folder / "model.safetensors")

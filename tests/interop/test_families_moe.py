@@ -274,6 +274,7 @@ REFUSED = {
     "swiglu_limit": ("gpt_oss", {"swiglu_limit": 6.0}),
     "layer_types": ("gpt_oss", {"layer_types": ["full_attention"]}),
     "rope_scaling": ("gpt_oss", {"rope_parameters": None}),
+    "experts in all": ("deepseek_v3", {"num_hidden_layers": 1000, "n_routed_experts": 1024}),
     "rope_interleave": ("deepseek_v3", {"rope_interleave": False}),
     "num_key_value_heads": ("deepseek_v3", {"num_key_value_heads": 2}),
     "scoring_func": ("deepseek_v3", {"scoring_func": "softmax"}),
