@@ -86,6 +86,16 @@ def tolerance(dtype: str, model: ModelConfig) -> Tolerance:
     return Tolerance(_MIXTURE_LOGIT, _MIXTURE_KL[dtype], 0.0)
 
 
+def check_dtype(dtype: np.dtype | None) -> None:
+    """Whether values may be cast to it.
+
+    Raises:
+      ValueError: if parameters are not of that dtype.
+    """
+    if dtype is not None and dtype.name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype.name}: expected float32, bfloat16 or float16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One prompt. What an implementation does not give away is None.
@@ -255,16 +265,9 @@ def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
 
 
 def problems(
-    comparisons: Sequence[Comparison],
-    tokenizer: TokenizerComparison | None,
-    tolerance: Tolerance,
-    *,
-    allowed_strings: int = 0,
+    comparisons: Sequence[Comparison], tokenizer: TokenizerComparison | None, tolerance: Tolerance
 ) -> Iterator[str]:
     """A line for each figure outside of the tolerance.
-
-    Args:
-      allowed_strings: of the fixed ones, whose ids may differ: some formats cannot say all that a tokenizer does.
 
     Continuations that part where the two best tokens are as near as the logits' own difference are a tie, which
     rounding decides.
@@ -281,7 +284,7 @@ def problems(
             yield (
                 f"{found.prompt}: greedy tokens agree for {found.greedy_agreement:.0%}, expected {tolerance.greedy:.0%}"
             )
-    if tokenizer is not None and len(tokenizer.different) > allowed_strings:
+    if tokenizer is not None and tokenizer.different:
         shown = ", ".join(map(repr, tokenizer.different[:4]))
         yield f"tokenizer: ids of {len(tokenizer.different)} of {tokenizer.num_strings} strings differ: {shown}"
 

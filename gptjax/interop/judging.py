@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop.certificate import Certificate, Comparison, Record
@@ -18,16 +18,13 @@ class Check:
     """What is asked of a conversion before it gets its name.
 
     Attributes:
-      proof: `values` only compares what was written, a tensor at a time; `run` besides runs both implementations, which
-        needs memory for the model.
+      proof: `values` only compares what was written, a tensor at a time, where it is written as it is (a checkpoint, or
+        `hf`); `run` besides runs both implementations, which needs memory for the model.
       trace: told how the layers' outputs compare, where the peer shows them.
-      allowed_strings: how many of the certificate's fixed strings the two tokenizers may turn into other ids; some
-        formats cannot say all that a tokenizer does.
     """
 
     proof: Literal["run", "values"] = "run"
     trace: Callable[[str], None] | None = None
-    allowed_strings: int = 0
 
 
 CHECK = Check()
@@ -61,9 +58,9 @@ def judge(
         records[at] = certificate_lib.record(changed, source.prompts, seq_len=changed.model.seq_len)
         comparisons = certificate_lib.compare(*records)
     tokenizer = certificate_lib.compare_tokenizers(source, target, reason_of=_reason_of(runners))
-    outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance, allowed_strings=check.allowed_strings)
+    outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance)
     problems = [*found.problems, *outside]
-    layers: Any = None
+    layers: list[float] | None = None
     if problems or check.trace is not None:
         longest = max(source.prompts, key=lambda name: len(source.prompts[name]))
         tokens = [*source.prompts[longest], *source.greedy[longest]]

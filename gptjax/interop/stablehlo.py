@@ -27,7 +27,6 @@ from jax import export
 from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import run_stablehlo, safetensors, stream
-from gptjax.interop.checkpoint import JOURNAL
 from gptjax.interop.hf import DEFAULT_SHARD_BYTES
 from gptjax.interop.portable import Portable, WeightReader, describe, plan
 from gptjax.json_files import write_json
@@ -106,7 +105,7 @@ def write_weights(
     reader = WeightReader(checkpoint, portable.weights)
     sizes = {name: (weight.shape, weight.dtype) for name, weight in portable.weights.items()}
     job = {"dtype": portable.model.dtype, "shard": max_shard_bytes, "checkpoint": reader.checksums}
-    journal = stream.Journal(folder / JOURNAL, job=job)
+    journal = stream.Journal(folder / stream.JOURNAL_FILE, job=job)
     writer = safetensors.SafetensorsWriter(folder, safetensors.plan_shards(sizes, max_shard_bytes=max_shard_bytes))
 
     def convert(task: stream.Tensor) -> int:

@@ -54,8 +54,7 @@ class Family:
       write_config: the keys of their config for one of ours; need not check that the family can express it.
       ignored: patterns of tensors without information of their own (old buffers).
       prefix: of all names but the head's, which files of the model without its head lack.
-      adapt: their tensors as they were found to those that the rows name: what is packed is then unpacked when it is
-        read, and what the model does not compute with is left out.
+      adapt: their tensors without those that the model does not compute with.
     """
 
     name: str
