@@ -9,6 +9,7 @@ agree is kept as <dst>.rejected, and the exit status is 3.
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 from absl import flags
@@ -44,8 +45,8 @@ def main() -> int:
     )
     return interop_flags.run(
         lambda: exporting.export(
-            _CKPT.value,
-            pathlib.Path(_DST.value).absolute(),
+            os.path.expanduser(_CKPT.value),
+            pathlib.Path(_DST.value).expanduser().absolute(),
             format=_FORMAT.value,
             options=options,
             check=interop_flags.check(),

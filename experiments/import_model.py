@@ -26,8 +26,8 @@ def main() -> int:
 
     return interop_flags.run(
         lambda: importing.import_model(
-            pathlib.Path(_SRC.value),
-            pathlib.Path(_DST.value).absolute(),
+            pathlib.Path(_SRC.value).expanduser(),
+            pathlib.Path(_DST.value).expanduser().absolute(),
             **interop_flags.values(),
             check=interop_flags.check(),
         ),

@@ -46,8 +46,11 @@ def run(convert: Callable[[], Certificate], *, path: str) -> int:
         print(table(error.certificate))
         print(f"error: {error}", file=sys.stderr)
         return REJECTED
+    except KeyboardInterrupt:
+        print("what is done is kept: the same command goes on from here", file=sys.stderr)
+        raise
     print(table(certificate))
-    print(f"{path}: accepted; certificate.json beside it has the hashes and versions")
+    print(f"{path}: accepted; its certificate.json has the hashes, tolerances and versions")
     return 0
 
 
@@ -62,6 +65,12 @@ def table(certificate: Certificate) -> str:
     for row in certificate.comparisons:
         figures = (_figure(row.max_logit_difference), _figure(row.mean_kl_nats), f"{row.greedy_agreement:.0%}")
         lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
+    if certificate.comparisons:
+        bound = certificate.tolerance
+        most = (f"<= {bound.max_logit:g}", f"<= {bound.mean_kl:g}", f">= {bound.greedy:.0%}")
+        lines.append(f"  {'accepted where':<18}{most[0]:>14}{most[1]:>15}{most[2]:>15}")
+    if certificate.comparisons and certificate.tokenizer is None:
+        lines.append("  tokenizer: not compared; one of the two has none")
     if certificate.tokenizer is not None:
         total = certificate.tokenizer.num_strings
         known = certificate.tokenizer.known

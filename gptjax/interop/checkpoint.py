@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,21 +184,26 @@ class CheckpointTensor:
         return self.unit.layout.to_theirs(parts).astype(self.dtype, copy=False), sums
 
 
-def different(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> list[str]:
-    """The tensors whose bits in a source, cast as in the checkpoint, are not those of the checkpoint."""
-    found: list[str] = []
+def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> dict[str, str]:
+    """What is wrong with tensors, by name.
+
+    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers.
+    """
+    found: dict[str, str] = {}
 
     def compare(task: stream.Tensor) -> None:
         # One after the other: both in memory would be more than what converting takes.
         wanted = digest(source.tensors[task.name].read().astype(task.dtype, copy=False))
-        if wanted != digest(stored[task.name].read()):
-            found.append(task.name)
+        values = stored[task.name].read()
+        if wanted != digest(values):
+            found[task.name] = f"{task.name}: what was written is not what was read"
+        elif num_bad := int(np.count_nonzero(~np.isfinite(values))):
+            found[task.name] = f"{task.name}: {num_bad:,} of its {values.size:,} values are not finite numbers"
 
     tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
     stream.run(tasks, compare, None, label="compare", num_threads=num_threads)
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
-def value_problems(names: Sequence[str]) -> tuple[str, ...]:
-    """A line for each of the first of `different`'s."""
-    return tuple(f"{name}: what was written is not what was read" for name in names[:5])
+MAX_PROBLEMS = 5
+"""Of as many tensors a certificate tells."""

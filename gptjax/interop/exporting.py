@@ -19,7 +19,7 @@ from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.gguf.write import QUANTIZATIONS, Quantization
 from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.referees import llama_cpp
-from gptjax.interop.runner import GptjaxRunner, Runner
+from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.source import sha256
 from gptjax.nn import cost
 from gptjax.nn.config import ModelConfig
@@ -99,6 +99,8 @@ _FORMATS: Mapping[str, tuple[Callable[[epath.Path, pathlib.Path, Options], None]
 FORMATS = tuple(_FORMATS)
 # What can be opened again here, if the peer is missing.
 _REOPENED = ("hf", "gguf")
+# In these no value of a checkpoint changes.
+_EXACT = ("as stored", "float32", "f32")
 
 
 def export(
@@ -112,7 +114,8 @@ def export(
     """Writes the folder `destination` in another framework's format, re-loads it, and proves it.
 
     Killed and called again it goes on. Memory is twice that of the largest tensor (that of the model for
-    `saved_model`), and with `Check.proof="run"` then that of the model.
+    `saved_model`), and with `Check.proof="run"` then that of the model, twice
+    where values are rounded.
 
     Args:
       checkpoint: a checkpoint directory, or a workdir (its newest).
@@ -170,14 +173,14 @@ def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options:
     )
     dtype, tolerance = _tolerance(format, options, meta.model)
     values = "the checkpoint's values were those that were saved (checksums)"
-    different: list[str] = []
+    problems: dict[str, str] = {}
     if format == "hf":
         written = hf.open_source(partial)
         stored = CheckpointTensors(path, written.family, meta.model, dtype=options.dtype)
-        different = checkpoint_lib.different(written, stored, num_threads=options.num_threads)
-        values += f"; {len(stored) - len(different)} of {len(stored)} tensors read back equal to its bits"
+        problems = checkpoint_lib.value_problems(written, stored, num_threads=options.num_threads)
+        values += f"; {len(stored) - len(problems)} of {len(stored)} tensors read back equal to its bits"
     return Certificate(
-        accepted=not different,
+        accepted=not problems,
         kind=f"checkpoint to {format}",
         source={"path": str(path), "step": meta.step, "checksums": meta.checksums},
         target={
@@ -189,7 +192,7 @@ def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options:
         referees={},
         tolerance=tolerance,
         values=values,
-        problems=checkpoint_lib.value_problems(different),
+        problems=tuple(problems.values())[: checkpoint_lib.MAX_PROBLEMS],
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
@@ -208,14 +211,19 @@ def _run(found: Certificate, path: epath.Path, partial: pathlib.Path, *, format:
         missing, peer = str(error), reloaded(partial)
     with closing(peer):
         target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
-        judged = judge(found, source, target, runners=(ours, peer), check=check)
+        rounded = None
+        if format in _REOPENED and found.dtype not in _EXACT:
+            rounded = reloaded(partial)
+            if format == "hf":  # which is run in float32
+                found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
+        judged = judge(found, source, target, runners=(ours, peer), check=check, rounded=rounded)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)
     return judged
 
 
-def reloaded(path: pathlib.Path) -> Runner:
-    """Ours, with what it reads back from an artefact: the referee of last resort."""
+def reloaded(path: pathlib.Path) -> GptjaxRunner:
+    """Ours, with what it reads back from an artefact."""
     source = formats.open_source(path)
     return GptjaxRunner(source.model, params.read(source), source.tokenizer)

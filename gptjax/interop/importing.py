@@ -59,7 +59,7 @@ def _prove(
     num_threads: int | None,
 ) -> Certificate:
     stored = checkpoint.CheckpointTensors(directory, source.family, source.model)
-    different = checkpoint.different(source, stored, num_threads=num_threads)
+    problems = checkpoint.value_problems(source, stored, num_threads=num_threads)
     cast = "" if dtype is None else f", cast to {dtype.name}"
     meta = reading.read_meta(directory)
     dtypes = {leaf.dtype.name for leaf in arrays.stored_shapes(directory / "params").values()}
@@ -67,7 +67,7 @@ def _prove(
     if source.format != "hf":
         tolerance = llama_cpp.tolerance(source.model, tolerance)
     found = Certificate(
-        accepted=not different,
+        accepted=not problems,
         kind=f"{source.format} to checkpoint",
         source={"path": str(source.path), "family": source.family.name, "sha256": source.hashes()},
         target={"path": directory.name.removesuffix(".partial"), "checksums": meta.checksums},
@@ -75,8 +75,8 @@ def _prove(
         dtype=", ".join(sorted(dtypes)),
         referees={},
         tolerance=tolerance,
-        values=f"{len(stored) - len(different)} of {len(stored)} tensors read back equal to the source's bits{cast}",
-        problems=checkpoint.value_problems(different),
+        values=f"{len(stored) - len(problems)} of {len(stored)} tensors read back equal to the source's bits{cast}",
+        problems=tuple(problems.values())[: checkpoint.MAX_PROBLEMS],
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )

@@ -260,6 +260,7 @@ def _plan(header: Header, file: pathlib.Path) -> dict[str, Stored | Grouped]:
 
 def _find_tokenizer(file: pathlib.Path, vocab_size: int) -> tuple[pathlib.Path | None, Tokenizer | None]:
     """The one beside the file whose vocabulary is of its size; a SentencePiece model before a `.bin`."""
+    others: list[str] = []
     for pattern, read in (("*.model", tokenizer_lib.load), ("*.bin", read_tokenizer)):
         found = {}
         for path in sorted(file.parent.glob(pattern)):
@@ -271,12 +272,18 @@ def _find_tokenizer(file: pathlib.Path, vocab_size: int) -> tuple[pathlib.Path |
                 continue  # a model, or a tokenizer of another kind
             if tokenizer.vocab_size == vocab_size:
                 found[path] = tokenizer
+            else:
+                others.append(f"{path.name} has {tokenizer.vocab_size:,}")
         if len(found) == 1:
             return next(iter(found.items()))
         if found:
             names = ", ".join(path.name for path in found)
             logging.warning("%s: no tokenizer taken: several beside it have %d tokens: %s", file, vocab_size, names)
             return None, None
+    logging.warning(
+        "%s: no tokenizer beside it has its %d tokens%s: it is read without one",
+        file, vocab_size, f" ({', '.join(others)})" if others else "",
+    )  # fmt: skip
     return None, None
 
 

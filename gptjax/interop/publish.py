@@ -6,6 +6,8 @@ is proven there, and then gets its name in one rename, or `<name>.rejected`.
 
 from __future__ import annotations
 
+import errno
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ JOB_FILE = "job.json"
 # What a directory has besides the artefact while it is worked in. The journal stays until the proof is done, or a kill
 # in the middle of that would have everything written again.
 WORK_FILES = frozenset({CERTIFICATE_FILE, JOB_FILE, JOURNAL_FILE, lock.FILE_NAME})
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RejectedError(ValueError):
@@ -50,9 +53,24 @@ def directory(final: pathlib.Path, *, job: Mapping[str, Any]) -> Iterator[pathli
             _check_free(final)  # another process may have finished since
             _check_job(partial, job)
             yield partial
+        except Exception as error:
+            if _is_full(error):
+                free = shutil.disk_usage(partial).free / 1e6
+                raise ValueError(
+                    f"{partial}: there is no room for it ({free:,.0f} MB are free); make some and repeat the same "
+                    "command, which goes on from here"
+                ) from error
+            raise
         finally:
             if {path.name for path in partial.glob("*")} <= {lock.FILE_NAME, JOB_FILE}:  # nothing was begun
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full, or a file may not become so large; TensorStore only has it in its text."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "RESOURCE_EXHAUSTED" in str(error) or any(os.strerror(code) in str(error) for code in _FULL)
 
 
 def _check_free(final: pathlib.Path) -> None:

@@ -238,7 +238,8 @@ def write(tokenizer: Tokenizer | None, *, vocab_size: int) -> dict[str, Any]:
       ValueError: if it is one of those kinds, but llama.cpp cannot run it.
     """
     if tokenizer is None or tokenizer.kind in ("bytes", "characters"):
-        logging.warning("gguf: without a tokenizer: llama.cpp has none of kind %s", tokenizer and tokenizer.kind)
+        if tokenizer is not None:
+            logging.warning("gguf: written without its tokenizer: llama.cpp has none of kind %s", tokenizer.kind)
         return {_PREFIX + "model": "none"}
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, expected at most the model's {vocab_size}")

@@ -24,7 +24,7 @@ from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import gguf
-from gptjax.interop.certificate import TOLERANCES, Tolerance
+from gptjax.interop.certificate import Tolerance
 from gptjax.interop.gguf import tokenizer as gguf_tokenizer
 from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.gguf.file import is_float, read_header
@@ -195,7 +195,7 @@ def tolerance(model: ModelConfig, base: Tolerance) -> Tolerance:
     """
     if not any(block.mlp.activation.startswith(("gelu", "geglu")) for block in model.blocks):
         return base
-    table = TOLERANCES["float16"]
+    table = Tolerance(max_logit=0.1, mean_kl=1e-4, greedy=0.9)
     return Tolerance(
         max_logit=max(base.max_logit, table.max_logit),
         mean_kl=max(base.mean_kl, table.mean_kl),
