@@ -38,7 +38,12 @@ def directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise ValueError(f"{final}: is there already, and is not overwritten; name another, or remove it")
     partial = final.with_name(final.name + ".partial")
     with lock.exclusive(partial):
-        yield partial
+        try:
+            yield partial
+        finally:
+            # Refused before there was anything to go on with, for a missing package say: nothing is left behind.
+            if partial.exists() and [path.name for path in partial.iterdir()] == [lock.FILE_NAME]:
+                shutil.rmtree(partial)
 
 
 def settle(partial: pathlib.Path, final: pathlib.Path, certificate: Certificate) -> None:
