@@ -18,12 +18,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import sentencepiece
+
 from gptjax.data import pieces as pieces_lib
 from gptjax.data.pieces import SPACE
 from gptjax.data.tokenizer import Tokenizer
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# Their parts are gone through in pairs; trained ones have 16 characters at most.
+_MAX_PIECE = 1 << 10
 _BYTES_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
 
 
@@ -152,15 +156,37 @@ def _proto(serialized: bytes) -> Any:
 
     proto = messages.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    whole = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    if any(len(piece.piece) > _MAX_PIECE for piece in proto.pieces):
+        raise ValueError(f"SentencePiece model: it has a piece of more than {_MAX_PIECE:,} characters")
     for wrong, name in (
         (trainer.model_type not in (_UNIGRAM, _BPE), "model_type is neither unigram nor bpe"),
         (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix is set"),
         (not normalizer.escape_whitespaces, "escape_whitespaces is not set"),
         (any(piece.type == _UNUSED for piece in proto.pieces), "it has unused pieces"),
+        (any(" " in text for text in whole), "a user-defined piece has a space, and so is never found"),
+        (trainer.model_type == _UNIGRAM and _overlap(whole), "user-defined pieces of a unigram model can overlap"),
+        (whole != _normalized(proto, whole), "user-defined pieces are kept from its normalisation"),
     ):
         if wrong:
             raise ValueError(f"SentencePiece model: {name}, which a tokenizer.json cannot express")
     return proto
+
+
+def _overlap(texts: list[str]) -> bool:
+    """Whether one is in another, or begins as one ends: a text can then be cut into them in two ways."""
+    starts = {text[:end] for text in texts for end in range(1, len(text) + 1)}
+    joined = "\0".join(texts)
+    return any(joined.count(text) > 1 for text in texts) or any(
+        text[at:] in starts for text in texts for at in range(1, len(text))
+    )
+
+
+def _normalized(proto: Any, texts: list[str]) -> list[str]:
+    """What the normaliser makes of texts of which it does not know that they are pieces."""
+    flags = {"add_dummy_prefix": False, "escape_whitespaces": True, "remove_extra_whitespaces": False}
+    normalizer = sentencepiece.SentencePieceNormalizer(model_proto=proto.SerializeToString(), **flags)
+    return [normalizer.Normalize(text) for text in texts]
 
 
 def _model(proto: Any, texts: list[str], *, ignore_merges: bool) -> dict[str, Any]:
