@@ -58,6 +58,20 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: list[Any], *, add_prefix_
     return _content(_bpe(vocabulary, merges), pre_tokenizer=level, decoder=level)
 
 
+def with_first_space_alone(content: dict[str, Any]) -> dict[str, Any]:
+    """The same, but a space is put before the text alone, and not behind each special token in it (`legacy=False`)."""
+    *others, prefix = content["normalizer"]["normalizers"]
+    assert prefix["content"] == " ", "the prefix is put last"
+    space = {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False}
+    isolate = content["pre_tokenizer"]
+    steps = [space] if isolate is None else [space, isolate]
+    return {
+        **content,
+        "normalizer": {"type": "Sequence", "normalizers": others},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    }
+
+
 def start_template(id: int, text: str) -> dict[str, Any]:
     """A post-processor that puts one special token before a text."""
 

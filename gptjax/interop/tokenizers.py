@@ -191,12 +191,15 @@ def _from_sentencepiece(files: Folder) -> Tokenizer:
         files.chat_template is None
         and files.eos_ids in ([], own_eos)
         and files.config.get("add_bos_token", found.has_start) == found.has_start
+        and files.config.get("legacy") is not False
         and all(names.get(name) == text for name, text in files.special_tokens.items())
     )
     if says_no_more:
         return found
     if files.config.get("add_bos_token") is False:
         content["post_processor"] = None
+    if files.config.get("legacy") is False and found.has_dummy_prefix:
+        content = tokenizer_json.with_first_space_alone(content)
     return _make(dataclasses.replace(files, special_tokens={**names, **files.special_tokens}), content)
 
 

@@ -381,3 +381,40 @@ def test_only_what_can_be_expressed_is_exported(trained):
     with pytest.raises(ValueError, match="it is a tokenizer.json already"):
         content, names = tokenizer_json.of(trained)
         tokenizer_json.of(huggingface.make(huggingface.Description(tokenizer=content)))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_legacy_says_whether_a_space_is_put_behind_special_tokens(folder, legacy):
+    values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x", "legacy": legacy}
+    path = folder(MISTRAL, tokenizer_config=values, config={"model_type": "mistral"})
+    ours, peer = tokenizers.read(path), auto(path)
+    texts = [text for text in [*TEXTS, "a<s>b</s> c", "<s> hi", "  <s>\nhi  </s>"] if "\u2581" not in text]
+    assert not different(ours, peer, texts)
+    assert ours.encode("<s>b")[1] == ours.pieces.index(b"b" if not legacy else b" b", 259)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("unigram", {"user_defined_symbols": ["ab", "bc"]}, "user-defined pieces of a unigram model can overlap"),
+        ("bpe", {"user_defined_symbols": ["a  b"]}, "a user-defined piece has a space"),
+        (
+            "bpe",
+            {"user_defined_symbols": ["ROMEO"], "normalization_rule_name": "nmt_nfkc_cf"},
+            "user-defined pieces are kept from its normalisation",
+        ),
+    ],
+)
+def test_user_defined_pieces_that_would_get_other_ids_are_refused(model_type, options, message):
+    model = io.BytesIO()
+    corpus = pathlib.Path(tokenizer_lib.__file__).read_text().split("\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_writer=model,
+        model_type=model_type,
+        vocab_size=300,
+        minloglevel=2,
+        **options,
+    )
+    with pytest.raises(ValueError, match=message):
+        tokenizer_json.of(tokenizer_lib.from_bytes(model.getvalue()))
