@@ -71,7 +71,8 @@ class Model:
     def _read(self, tokens: Sequence[int], start: int, wanted: Sequence[int], cache: Mapping[str, Any]) -> Any:
         padding = 0 if len(tokens) == 1 else _rounded(len(tokens)) - len(tokens)
         ids, positions = [*tokens, *[0] * padding], [*range(start, start + len(tokens)), *[-1] * padding]
-        return self.step(*(np.array([list(row)], np.int32) for row in (ids, positions, wanted)), cache)
+        first, second, third = (np.array([list(row)], np.int32) for row in (ids, positions, wanted))
+        return self.step(first, second, third, cache)
 
     def _check(self, tokens: Sequence[int], num: int) -> None:
         size, context = self.manifest["vocab_size"], self.manifest["context"]
@@ -172,6 +173,16 @@ def read_safetensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """The `tokenizers.Tokenizer` of a folder."""
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    found.encode_special_tokens = config.get("split_special_tokens", False)  # their text is then text
+    return found
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Continues a text, the most likely token at a time.")
@@ -186,9 +197,7 @@ def main() -> None:
     if options.ids:
         print(*model.generate(options.ids, options.num))
         return
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(options.text).ids
     print(tokenizer.decode(ids + model.generate(ids, options.num, stop=model.manifest["special_ids"]["eos"])))
 

@@ -206,8 +206,12 @@ def _overlap(texts: list[str]) -> bool:
 
 def _normalized(proto: Any, texts: list[str]) -> list[str]:
     """What the normaliser makes of texts of which it does not know that they are pieces."""
-    flags = {"add_dummy_prefix": False, "escape_whitespaces": True, "remove_extra_whitespaces": False}
-    normalizer = sentencepiece.SentencePieceNormalizer(model_proto=proto.SerializeToString(), **flags)
+    normalizer = sentencepiece.SentencePieceNormalizer(
+        model_proto=proto.SerializeToString(),
+        add_dummy_prefix=False,
+        escape_whitespaces=True,
+        remove_extra_whitespaces=False,
+    )
     return [normalizer.Normalize(text) for text in texts]
 
 

@@ -192,3 +192,14 @@ def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
     run, params = saved(tmp_path)
     (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
     assert same(gptjax.load(run).params, params)
+
+
+@pytest.mark.parametrize(
+    ("format", "module"), [("saved_model", "tensorflow"), ("onnx", "onnx"), ("stablehlo", "flatbuffers")]
+)
+def test_a_missing_package_leaves_nothing_behind(format, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    run, _ = saved(tmp_path)
+    with pytest.raises(ImportError, match="pip install"):
+        exporting.export(run, tmp_path / "theirs", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

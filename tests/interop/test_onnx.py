@@ -8,7 +8,14 @@ import pytest
 from gptjax.interop import onnx as onnx_export
 from gptjax.interop.referees.programs import ProgramsRunner
 from gptjax.interop.runner import GptjaxRunner
-from tests.interop.portable_models import MODELS, check_logits_and_greedy, import_stories, require, write_checkpoint
+from tests.interop.portable_models import (
+    MODELS,
+    check_logits_and_greedy,
+    import_stories,
+    require,
+    run_documented,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +80,4 @@ def test_real_model(tmp_path, shared_data):
     assert sizes["model.safetensors"] > 1_000_000
     assert max(sizes["model.onnx"], sizes["step.onnx"]) < 400_000
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert run_documented("ONNX, by hand", tmp_path / "out").startswith("Once upon a time, there was a little girl")

@@ -9,7 +9,14 @@ import pytest
 
 from gptjax.interop import saved_model
 from gptjax.interop.referees.programs import ProgramsRunner
-from tests.interop.portable_models import MODELS, check_logits_and_greedy, import_stories, require, write_checkpoint
+from tests.interop.portable_models import (
+    MODELS,
+    check_logits_and_greedy,
+    import_stories,
+    require,
+    run_documented,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +42,9 @@ def test_real_model(tmp_path, shared_data):
     extra = tmp_path / "out" / "assets.extra"
     assert json.loads((extra / "manifest.json").read_text())["special_ids"]["bos"] == 1
     assert (extra / "tokenizer.json").is_file()
+    assert run_documented("SavedModel, by hand", tmp_path / "out").startswith(
+        "Once upon a time, there was a little girl"
+    )
 
 
 def test_weights_are_variables(tmp_path):

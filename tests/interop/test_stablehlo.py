@@ -13,6 +13,7 @@ import pytest
 from jax import export
 
 from gptjax.interop import stablehlo
+from gptjax.interop.certificate import STRINGS
 from gptjax.interop.checkpoint import JOURNAL
 from gptjax.interop.referees.process import BareProcess
 from gptjax.interop.referees.programs import ProgramsRunner
@@ -23,6 +24,7 @@ from tests.interop.portable_models import (
     check_logits_and_greedy,
     import_stories,
     require,
+    run_documented,
     write_checkpoint,
 )
 
@@ -132,7 +134,9 @@ def test_real_model_by_its_own_command(tmp_path, shared_data):
     stablehlo.write(checkpoint, out)
     with ProgramsRunner(out, "stablehlo") as runner:
         print(f"stories260K: {check_logits_and_greedy(checkpoint, runner):.2g}")
-    expected = GptjaxRunner.load(checkpoint).greedy([1, 403], 8)
+        ours = GptjaxRunner.load(checkpoint)
+        assert all(runner.encode(text) == ours.encode(text) for text in STRINGS)
+    expected = ours.greedy([1, 403], 8)
     command = [sys.executable, str(out / "run.py"), "--ids", "1", "403", "--num=8"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert [int(token) for token in printed.split()] == expected
@@ -141,6 +145,7 @@ def test_real_model_by_its_own_command(tmp_path, shared_data):
     command = [sys.executable, str(out / "run.py"), "Once upon a time", "--num=8"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert printed == "Once upon a time, there was a little girl\n"
+    assert run_documented("StableHLO, by hand", out).startswith("Once upon a time, there was a little girl")
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):

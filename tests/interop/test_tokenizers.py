@@ -1,4 +1,3 @@
-import io
 import json
 import logging
 import pathlib
@@ -272,40 +271,6 @@ def test_tokens_that_only_the_config_adds(folder):
     assert ours.encode("a<new>b")[1] == 6400 and ours.encode("a<new>b") == auto(path).encode("a<new>b")
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_foreign_sentencepiece_models_with_normalisation(model_type, shared_data, tmp_path):
-    """NFKC, user-defined pieces, no byte fallback: what `tokenizer_json` lists aside, ids are the same."""
-    text = (shared_data / "text" / "tinyshakespeare.txt").read_text().split("\n")[:4000]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=600,
-        user_defined_symbols=["<turn>", "ROMEO"],
-        minloglevel=2,
-    )
-    ours = tokenizer_lib.from_bytes(model.getvalue())
-    assert ours.has_dummy_prefix
-    tokenizers.write(ours, tmp_path)
-    texts = [*text, "ﬁ ① ｆｕｌｌ", "a<turn>ROMEO b", "  two  spaces  ", "天 unknown 天天", "a\u2581b"]
-    assert not different(ours, auto(tmp_path), texts)
-    assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
-
-
-def test_a_sentencepiece_model_that_cannot_be_expressed_is_written_as_it_is(trained, tmp_path, caplog):
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(trained.serialized)
-    proto.pieces[-1].type = proto.pieces[-1].UNUSED
-    ours = tokenizer_lib.from_bytes(proto.SerializeToString())
-    with caplog.at_level(logging.WARNING):
-        tokenizers.write(ours, tmp_path)
-    assert "only tokenizer.model is written: SentencePiece model: it has unused pieces" in caplog.text
-    assert sorted(path.name for path in tokenizers.files_of(tmp_path)) == ["generation_config.json", "tokenizer.model"]
-    assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
-
-
 def test_a_model_file_of_another_library_is_passed_over(folder, caplog):
     path = folder(MINIMIND)
     (path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
@@ -402,30 +367,3 @@ def test_legacy_says_whether_a_space_is_put_behind_special_tokens(folder, legacy
     texts = [text for text in [*TEXTS, "a<s>b</s> c", "<s> hi", "  <s>\nhi  </s>"] if "\u2581" not in text]
     assert not different(ours, peer, texts)
     assert ours.encode("<s>b")[1] == ours.pieces.index(b"b" if not legacy else b" b", 259)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "options", "message"),
-    [
-        ("unigram", {"user_defined_symbols": ["ab", "bc"]}, "user-defined pieces of a unigram model can overlap"),
-        ("bpe", {"user_defined_symbols": ["a  b"]}, "a user-defined piece has a space"),
-        (
-            "bpe",
-            {"user_defined_symbols": ["ROMEO"], "normalization_rule_name": "nmt_nfkc_cf"},
-            "user-defined pieces are kept from its normalisation",
-        ),
-    ],
-)
-def test_user_defined_pieces_that_would_get_other_ids_are_refused(model_type, options, message):
-    model = io.BytesIO()
-    corpus = pathlib.Path(tokenizer_lib.__file__).read_text().split("\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=300,
-        minloglevel=2,
-        **options,
-    )
-    with pytest.raises(ValueError, match=message):
-        tokenizer_json.of(tokenizer_lib.from_bytes(model.getvalue()))

@@ -19,6 +19,9 @@ spec = importlib.util.spec_from_file_location("run", folder / "run.py")
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 model = run.Model(folder)
+has_tokenizer = (folder / "tokenizer.json").exists() and importlib.util.find_spec("tokenizers")
+tokenizer = run.load_tokenizer(folder) if has_tokenizer else None
+model.encode = lambda text: tokenizer and tokenizer.encode(text, add_special_tokens=False).ids
 answer("bare process: " + model.name)
 """
 # Wherever it may be installed.
