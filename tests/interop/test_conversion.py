@@ -15,7 +15,6 @@ import pytest
 import gptjax
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import exporting, hf, importing, stream
 from gptjax.interop.exporting import Options
 from gptjax.interop.publish import RejectedError
@@ -193,26 +192,3 @@ def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
     run, params = saved(tmp_path)
     (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
     assert same(gptjax.load(run).params, params)
-
-
-@pytest.mark.parametrize(
-    ("format", "module"), [("saved_model", "tensorflow"), ("onnx", "onnx"), ("stablehlo", "flatbuffers")]
-)
-def test_a_missing_package_leaves_nothing_behind(format, module, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    run, _ = saved(tmp_path)
-    with pytest.raises(ImportError, match="pip install"):
-        exporting.export(run, tmp_path / "theirs", format=format)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_model_of_characters_is_compared_on_those_that_it_knows(tmp_path):
-    pytest.importorskip("transformers")
-    tokenizer = tokenizer_lib.characters("abcdefgh \nT")
-    model = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size).build()
-    with CheckpointStore(tmp_path / "run") as store:
-        meta = meta_lib.make(model, tokenizer=tokenizer.fingerprint)
-        assets = {tokenizer_lib.FILE_NAME: tokenizer.to_bytes()}
-        store.save(3, meta=meta, params=random_params(model), assets=assets)
-    found = exporting.export(tmp_path / "run", tmp_path / "hf", format="hf")
-    assert found.accepted and found.tokenizer.num_strings > 10 and not found.tokenizer.different

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from gptjax.checkpoint import arrays
 from gptjax.infer.layout import for_decoding
+from gptjax.interop import exporting
 from gptjax.interop.portable import WeightReader, plan
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.nn import transformer
@@ -109,3 +111,14 @@ def test_a_capacity_has_no_portable_form():
     model = dataclasses.replace(TINY, moe=moe).build()
     with mesh.portable("any"), pytest.raises(ValueError, match="capacity_factor=1.0"):
         transformer.forward(model, random_params(model), jnp.zeros((1, 4), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("format", "module"), [("saved_model", "tensorflow"), ("onnx", "onnx"), ("stablehlo", "flatbuffers")]
+)
+def test_a_missing_package_leaves_nothing_behind(format, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    run = write_checkpoint("experts", tmp_path / "run")
+    with pytest.raises(ImportError, match="pip install"):
+        exporting.export(run, tmp_path / "theirs", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
