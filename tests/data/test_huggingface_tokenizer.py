@@ -249,7 +249,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused():
 def test_ids_that_the_package_gives_otherwise_are_refused():
     content = small()
     content["added_tokens"][0]["id"] = 2
-    with pytest.raises(ValueError, match="added_tokens: '<s>': got the id 2, expected 4"):
+    with pytest.raises(ValueError, match="added_tokens: '<s>': got id 2, expected 4"):
         described(content)
     content = small()
     content["model"]["vocab"]["b"] = 0

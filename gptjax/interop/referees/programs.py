@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from gptjax.interop.referees.process import BareProcess
+from gptjax.interop.saved_model import EXTRA_FOLDER
 
 _PACKAGES = {
     "stablehlo": ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers"),
@@ -33,5 +34,5 @@ class ProgramsRunner(BareProcess):
 
     def __init__(self, folder: pathlib.Path, format: str) -> None:
         setup = _SETUP if format == "stablehlo" else _WITHOUT_JAX + _SETUP
-        place = folder / "assets.extra" if format == "saved_model" else folder
+        place = folder / EXTRA_FOLDER if format == "saved_model" else folder
         super().__init__(place, setup=setup, packages=_PACKAGES[format])
