@@ -195,8 +195,8 @@ def _check_added(backend: Any, content: Mapping[str, Any]) -> None:
         given = backend.token_to_id(each["content"])
         if given != each["id"]:
             raise ValueError(
-                f"tokenizer.json: added_tokens: {each['content']!r}: got id {each['id']}, expected {given}, the vocabulary's "
-                "or the first that is free"
+                f"tokenizer.json: added_tokens: {each['content']!r}: got id {each['id']}, expected {given}, the "
+                "vocabulary's or the first that is free"
             )
 
 
