@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 
@@ -27,6 +28,7 @@ from gptjax.interop.families import FAMILIES
 from gptjax.interop.publish import RejectedError
 from gptjax.interop.table import read_config
 from gptjax.nn import transformer
+from gptjax.nn.config import ModelConfig
 
 _OUT = flags.DEFINE_string("out", "docs/interop.md", "File to write.")
 _FAMILIES = flags.DEFINE_list("families", None, "Only these.")
@@ -145,12 +147,19 @@ def _row(name: str, root: pathlib.Path, referees: dict[str, str]) -> dict[str, s
 
 def _save(name: str, workdir: pathlib.Path) -> None:
     model = read_config(FAMILIES[name], CONFIGS[name], path=name)
-    random = np.random.default_rng(0)
-    shapes = arrays.flatten(transformer.abstract_params(model))
-    values = {path: random.normal(size=leaf.shape, scale=0.15).astype(leaf.dtype) for path, leaf in shapes.items()}
-    params = arrays.nest(values)
     with CheckpointStore(workdir) as store:
-        store.save(0, meta=meta_lib.make(model), params=params)
+        store.save(0, meta=meta_lib.make(model), params=arrays.nest(_random_params(model)))
+
+
+def _random_params(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Norms near the identity, and logits as far apart (about 4) as those of a trained model."""
+    random = np.random.default_rng(0)
+    values = {}
+    for path, leaf in arrays.flatten(transformer.init(model, jax.random.key(0))).items():
+        base = np.asarray(leaf) if path.endswith("/scale") else 0.0  # a norm's one is a zero where it adds one
+        spread = 0.5 if path in ("embed/tokens", "head/kernel") else 0.15
+        values[path] = (base + random.normal(size=leaf.shape, scale=spread)).astype(leaf.dtype)
+    return values
 
 
 def _cell(convert: Callable[[], Certificate], referees: dict[str, str], label: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.interop.runner import Runner
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import ModelConfig, MoEConfig
 
 NUM_GREEDY_TOKENS = 64
 _LONG_TOKENS = 192
@@ -72,6 +72,28 @@ TOLERANCES: dict[str, Tolerance] = {
     "q8_0": Tolerance(2.0, 2e-2, 0.0),
     "q4_0": Tolerance(20.0, 1.0, 0.0),
 }
+# Which experts a token goes to is a step: where two are as good as tied, rounding sends it to the other one, and all
+# that follows differs. Few tokens do in float32, most in a deep model of 8 bits, so of a mixture the mean is judged:
+# one layer of two with experts, gate and up, or heads in a wrong order gave 0.7 to 4 nats.
+_MIXTURE_LOGIT = 30.0
+_MIXTURE_KL: dict[str, float] = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05, "q8_0": 0.1, "q4_0": 1.0}
+
+
+def tolerance(dtype: str, model: ModelConfig) -> Tolerance:
+    """What values of a dtype, one of `TOLERANCES`, may change in a model."""
+    if not any(isinstance(block.mlp, MoEConfig) for block in model.blocks):
+        return TOLERANCES[dtype]
+    return Tolerance(_MIXTURE_LOGIT, _MIXTURE_KL[dtype], 0.0)
+
+
+def check_dtype(dtype: np.dtype | None) -> None:
+    """Whether values may be cast to it.
+
+    Raises:
+      ValueError: if parameters are not of that dtype.
+    """
+    if dtype is not None and dtype.name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype={dtype.name}: expected float32, bfloat16 or float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +138,7 @@ class Certificate:
       tokenizer: None without a tokenizer on both sides.
       values: how the values were compared without running anything.
       problems: why it was not accepted.
+      notes: what a peer is known to compute otherwise than the model, and how far off that is.
     """
 
     accepted: bool
@@ -130,6 +153,7 @@ class Certificate:
     tokenizer: TokenizerComparison | None = None
     values: str = ""
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     first_different_layer: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
@@ -241,16 +265,9 @@ def _log_softmax(x_TV: np.ndarray) -> np.ndarray:
 
 
 def problems(
-    comparisons: Sequence[Comparison],
-    tokenizer: TokenizerComparison | None,
-    tolerance: Tolerance,
-    *,
-    allowed_strings: int = 0,
+    comparisons: Sequence[Comparison], tokenizer: TokenizerComparison | None, tolerance: Tolerance
 ) -> Iterator[str]:
     """A line for each figure outside of the tolerance.
-
-    Args:
-      allowed_strings: of the fixed ones, whose ids may differ: some formats cannot say all that a tokenizer does.
 
     Continuations that part where the two best tokens are as near as the logits' own difference are a tie, which
     rounding decides.
@@ -267,7 +284,7 @@ def problems(
             yield (
                 f"{found.prompt}: greedy tokens agree for {found.greedy_agreement:.0%}, expected {tolerance.greedy:.0%}"
             )
-    if tokenizer is not None and len(tokenizer.different) > allowed_strings:
+    if tokenizer is not None and tokenizer.different:
         shown = ", ".join(map(repr, tokenizer.different[:4]))
         yield f"tokenizer: ids of {len(tokenizer.different)} of {tokenizer.num_strings} strings differ: {shown}"
 

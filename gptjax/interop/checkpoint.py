@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,12 @@ from gptjax.checkpoint import stream as array_stream
 from gptjax.checkpoint.narration import quiet_orbax
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import stream
-from gptjax.interop.source import Readable, Source
+from gptjax.interop.source import Readable, Source, digest
 from gptjax.interop.table import Family, Unit, check_names, units
 from gptjax.json_files import write_json
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 
-JOURNAL = "journal.jsonl"
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -45,7 +44,7 @@ def write(
     shapes = _shapes(source, wanted, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     job = {"source": source.identity(), "dtype": None if dtype is None else dtype.name}
-    journal = stream.Journal(directory / JOURNAL, job=job)
+    journal = stream.Journal(directory / stream.JOURNAL_FILE, job=job)
     sliced = {part.path: len(part.index) for unit in wanted for part in unit.ours}
     writer = array_stream.ArraysWriter(directory / "params", shapes, sliced_dims=sliced)
 
@@ -68,7 +67,7 @@ def write(
         for part, total in zip(unit.ours, journal.notes[unit.theirs], strict=True):
             sums[f"params/{part.path}"] = (sums[f"params/{part.path}"] + total) & 0xFFFFFFFF
     _finish(source, directory, sums)
-    journal.remove()
+    journal.close()
 
 
 def _shapes(source: Source, wanted: list[Unit], dtype: np.dtype | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -183,3 +182,23 @@ class CheckpointTensor:
         parts = [self.reader.read(part.path, part.index) for part in self.unit.ours]
         sums = [array_stream.bit_sum(part) for part in parts]
         return self.unit.layout.to_theirs(parts).astype(self.dtype, copy=False), sums
+
+
+def different(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> list[str]:
+    """The tensors whose bits in a source, cast as in the checkpoint, are not those of the checkpoint."""
+    found: list[str] = []
+
+    def compare(task: stream.Tensor) -> None:
+        # One after the other: both in memory would be more than what converting takes.
+        wanted = digest(source.tensors[task.name].read().astype(task.dtype, copy=False))
+        if wanted != digest(stored[task.name].read()):
+            found.append(task.name)
+
+    tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
+    stream.run(tasks, compare, None, label="compare", num_threads=num_threads)
+    return sorted(found)
+
+
+def value_problems(names: Sequence[str]) -> tuple[str, ...]:
+    """A line for each of the first of `different`'s."""
+    return tuple(f"{name}: what was written is not what was read" for name in names[:5])

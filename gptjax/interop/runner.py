@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import operator
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig
 from gptjax.infer.layout import dropless, for_decoding
 from gptjax.nn import transformer
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import LayerGroup, ModelConfig
 from gptjax.types import Params
 
 _BUCKET_TOKENS = 128
@@ -82,8 +84,23 @@ class GptjaxRunner:
         return self.tokenizer.encode(text)
 
     def hidden(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        model, params = self._decoding
+        model, params = _single_layers(*self._decoding)
         return [np.asarray(x[0]) for x in transformer.residuals(model, params, jnp.asarray([tokens], jnp.int32))]
+
+
+def _single_layers(model: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model with a group for each layer, after each of which the residual stream is seen."""
+    groups: list[LayerGroup] = []
+    layers: dict[str, Any] = {name: value for name, value in params.items() if not name.startswith("group_")}
+    for number, group in enumerate(model.groups):
+        for repeat in range(group.repeats):
+            for position, block in enumerate(group.pattern):
+                own = params[f"group_{number}"][f"block_{position}"]
+                if not group.shared:
+                    own = jax.tree.map(operator.itemgetter(slice(repeat, repeat + 1)), own)
+                layers[f"group_{len(groups)}"] = {"block_0": own}
+                groups.append(LayerGroup(pattern=(block,), repeats=1, shared=group.shared))
+    return dataclasses.replace(model, groups=tuple(groups)), layers
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,7 +23,6 @@ from etils import epath
 from jax import export
 
 from gptjax.interop import safetensors, stream
-from gptjax.interop.checkpoint import JOURNAL
 from gptjax.interop.hf import DEFAULT_SHARD_BYTES
 from gptjax.interop.portable import Portable, WeightReader, plan, write_companions
 
@@ -98,7 +97,7 @@ def write_weights(
     reader = WeightReader(checkpoint, portable.weights)
     sizes = {name: (weight.shape, weight.dtype) for name, weight in portable.weights.items()}
     job = {"dtype": portable.model.dtype, "shard": max_shard_bytes, "checkpoint": reader.checksums}
-    journal = stream.Journal(folder / JOURNAL, job=job)
+    journal = stream.Journal(folder / stream.JOURNAL_FILE, job=job)
     writer = safetensors.SafetensorsWriter(folder, safetensors.plan_shards(sizes, max_shard_bytes=max_shard_bytes))
 
     def convert(task: stream.Tensor) -> int:

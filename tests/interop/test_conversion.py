@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,17 @@ import pytest
 import gptjax
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.interop import exporting, hf, importing, stream
+from gptjax.interop import certificate, exporting, hf, importing, publish, stream
 from gptjax.interop.exporting import Options
+from gptjax.interop.judging import Check
 from gptjax.interop.publish import RejectedError
-from gptjax.nn.config import MoEConfig
+from gptjax.interop.runner import GptjaxRunner
+from gptjax.nn import transformer
+from gptjax.nn.config import LayerGroup, MoEConfig
+from tests.interop.gguf import models as gguf_models
 from tests.tiny import TINY, random_params
 
+VALUES = Check(proof="values")
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -76,11 +82,42 @@ def test_another_model_is_rejected_and_says_where_it_differs(tmp_path, monkeypat
         return family
 
     monkeypatch.setattr(hf, "write", forged)
+    with pytest.raises(RejectedError, match=r"layers\.1\.self_attn\.k_proj\.weight: what was written is not"):
+        exporting.export(run, tmp_path / "unrun", format="hf", check=VALUES)
     with pytest.raises(RejectedError, match="layer 1") as error:
         exporting.export(run, tmp_path / "hf", format="hf")
     assert not error.value.certificate.accepted
     assert not (tmp_path / "hf").exists() and (tmp_path / "hf.rejected" / "certificate.json").exists()
     assert not json.loads((tmp_path / "hf.rejected" / "certificate.json").read_text())["accepted"]
+    assert not (tmp_path / "hf.rejected" / "journal.jsonl").exists()
+    with pytest.raises(ValueError, match="hf.rejected: an earlier attempt.* is not overwritten"):
+        exporting.export(run, tmp_path / "hf", format="hf")
+
+
+def test_of_a_mixture_the_mean_is_judged(tmp_path, monkeypatch):
+    """Two experts of one layer swapped are far outside of what rounding to bfloat16 may do to the choice of experts."""
+    gguf_models.saved(gguf_models.CONFIGS["mixtral"], tmp_path / "ckpt")
+    options = Options(dtype=np.dtype("bfloat16"))
+    honest = hf.write
+    found = exporting.export(tmp_path / "ckpt", tmp_path / "good", format="hf", options=options)
+    assert found.accepted and found.tolerance == certificate.tolerance(
+        "bfloat16", hf.open_source(tmp_path / "good").model
+    )
+
+    def forged(checkpoint, folder, **options):
+        family = honest(checkpoint, folder, **options)
+        tensors = hf.SafetensorsFolder(folder)
+        first, second = (tensors[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"] for e in (0, 1))
+        contents = first.read(), second.read()
+        for tensor, value in zip((second, first), contents, strict=True):
+            with tensor.file.open("r+b") as file:
+                file.seek(tensor.offset)
+                file.write(np.ascontiguousarray(value).tobytes())
+        return family
+
+    monkeypatch.setattr(hf, "write", forged)
+    with pytest.raises(RejectedError, match="mean KL"):
+        exporting.export(tmp_path / "ckpt", tmp_path / "bad", format="hf", options=options)
 
 
 def test_what_training_saved_and_lost_is_not_exported(tmp_path):
@@ -112,11 +149,87 @@ def test_a_half_done_conversion_of_something_else_is_not_taken_up(tmp_path):
         importing.import_model(tmp_path / "hf", tmp_path / "back")
 
 
+def test_nor_one_to_another_format(tmp_path):
+    run, _ = saved(tmp_path)
+    with publish.directory(tmp_path / "out", job={"to": "onnx"}) as partial:
+        (partial / "model.onnx").write_bytes(b"half")
+    with pytest.raises(ValueError, match="interrupted, of another source or with other settings"):
+        exporting.export(run, tmp_path / "out", format="hf")
+    assert (tmp_path / "out.partial" / "model.onnx").read_bytes() == b"half"
+
+
+def test_a_dtype_that_no_parameter_has_is_an_error_before_the_work(tmp_path):
+    run, _ = saved(tmp_path)
+    with pytest.raises(ValueError, match="dtype=float64: expected float32, bfloat16 or float16"):
+        exporting.export(run, tmp_path / "hf", format="hf", options=Options(dtype=np.dtype("float64")))
+    with pytest.raises(ValueError, match="dtype=float64: expected float32, bfloat16 or float16"):
+        importing.import_model(tmp_path / "hf", tmp_path / "back", dtype=np.dtype("float64"))
+
+
+def test_a_source_that_changes_meanwhile_is_not_accepted(tmp_path, monkeypatch):
+    run, _ = saved(tmp_path)
+    exporting.export(run, tmp_path / "hf", format="hf", check=VALUES)
+    honest = importing._prove
+
+    def slow(*arguments, **options):
+        os.utime(tmp_path / "hf" / "model.safetensors", ns=(0, 0))
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(importing, "_prove", slow)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        importing.import_model(tmp_path / "hf", tmp_path / "back", check=VALUES)
+    assert not (tmp_path / "back").exists()
+    with pytest.raises(ValueError, match="of another source"):
+        importing.import_model(tmp_path / "hf", tmp_path / "back", check=VALUES)
+
+
+@pytest.mark.parametrize("convert", ["import", "export"])
+def test_killed_in_the_proof_it_goes_on_with_the_proof(tmp_path, monkeypatch, convert):
+    run, params = saved(tmp_path)
+    exporting.export(run, tmp_path / "hf", format="hf", check=VALUES)
+
+    def start():
+        if convert == "import":
+            return importing.import_model(tmp_path / "hf", tmp_path / "new", check=VALUES)
+        return exporting.export(run, tmp_path / "new", format="hf", check=VALUES)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    def again(*arguments):
+        raise AssertionError("written again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    (tmp_path / "new.partial" / "certificate.json").write_text("{}")
+    monkeypatch.setattr(stream.Journal, "add", again)
+    found = start()
+    assert found.accepted and same(gptjax.load(tmp_path / "new").params, params)
+    left = {path.name for path in (tmp_path / "new").iterdir()}
+    assert not left & (publish.WORK_FILES - {"certificate.json"})
+    assert "certificate.json" not in found.target.get("sha256", {})
+
+
+def test_an_error_or_an_interrupt_leaves_the_rest_undone():
+    done = []
+
+    def work(task):
+        done.append(task.name)
+        raise KeyboardInterrupt if task.name == "0" else AssertionError
+
+    tasks = [stream.Tensor(str(number), (1,), np.dtype(np.float32)) for number in range(100)]
+    with pytest.raises(KeyboardInterrupt):
+        stream.run(tasks, work, None, label="test", num_threads=1)
+    assert done == ["0"]
+
+
 def test_an_inexpressible_model_names_what_cannot_be_said(tmp_path):
     run, _ = saved(tmp_path, dataclasses.replace(TINY, attn_softcap=30.0))
     with pytest.raises(ValueError, match="softcap"):
         exporting.export(run, tmp_path / "hf", format="hf")
-    assert not (tmp_path / "hf").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 _SLOW = """
@@ -160,6 +273,23 @@ def test_killed_and_started_again_it_goes_on(tmp_path):
     assert same(gptjax.load(tmp_path / "back").params, params)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_layer_of_groups_is_seen(shared):
+    block = TINY.build().blocks[0]
+    windowed = dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=3))
+    groups = (
+        LayerGroup(pattern=(block, windowed), repeats=2, shared=shared),
+        LayerGroup(pattern=(windowed,), repeats=1),
+    )
+    model = dataclasses.replace(TINY.build(), groups=groups)
+    params, tokens = random_params(model), [3, 1, 4, 1, 5, 9]
+    found = GptjaxRunner(model, params, None).hidden(tokens)
+    assert len(found) == model.num_layers + 1
+    by_group = transformer.residuals(model, params, np.array([tokens], np.int32))
+    for layer, wanted in zip((0, 4, 5), by_group, strict=True):
+        np.testing.assert_allclose(found[layer], wanted[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,3 +322,16 @@ def test_a_workdir_with_the_config_of_its_run_is_still_ours(tmp_path):
     run, params = saved(tmp_path)
     (run / "config.json").write_text(json.dumps({"name": "demo", "model": {"d_model": 16}}))
     assert same(gptjax.load(run).params, params)
+
+
+def test_what_llama_cpp_runs_otherwise_is_a_note_and_no_fault_of_the_conversion(tmp_path):
+    pytest.importorskip("xllamacpp")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}
+    config = gguf_models.CONFIGS["gpt_oss"] | {"rope_scaling": yarn, "rope_theta": 150_000.0}
+    gguf_models.saved(config, tmp_path / "ckpt")
+    found = exporting.export(tmp_path / "ckpt", tmp_path / "out", format="gguf", options=Options(quantization="f32"))
+    assert max(row.max_logit_difference for row in found.comparisons) < 3e-4
+    (note,) = found.notes
+    assert "rounds the range of YaRN" in note and float(re.search(r"differ by up to (\S+)", note)[1]) > 1e-3
+    back = importing.import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
+    assert max(row.max_logit_difference for row in back.comparisons) < 3e-4 and back.notes == found.notes

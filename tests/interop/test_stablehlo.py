@@ -14,11 +14,11 @@ from jax import export
 
 from gptjax.interop import stablehlo
 from gptjax.interop.certificate import STRINGS
-from gptjax.interop.checkpoint import JOURNAL
 from gptjax.interop.referees.process import BareProcess
 from gptjax.interop.referees.programs import ProgramsRunner
 from gptjax.interop.run_exported import Model, read_safetensors
 from gptjax.interop.runner import GptjaxRunner
+from gptjax.interop.stream import JOURNAL_FILE
 from tests.interop.portable_models import (
     MODELS,
     check_logits_and_greedy,
@@ -84,7 +84,7 @@ def test_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
         assert str(tmp_path.parent).encode() not in content and b"gptjax/" not in content
         embedding = jax.tree.leaves(GptjaxRunner.load(checkpoint).params["embed"])[0]
         assert np.asarray(embedding).tobytes()[:64] not in content
-    assert not (tmp_path / "out" / JOURNAL).exists()
+    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
 
 
 def test_the_bare_process_cannot_import_gptjax(tmp_path):

@@ -23,9 +23,11 @@ import sentencepiece
 from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.interop import gguf, gguf_tokenizer, gguf_write
+from gptjax.interop import gguf
 from gptjax.interop.certificate import TOLERANCES, Tolerance
-from gptjax.interop.gguf_file import is_float, read_header
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.file import is_float, read_header
 from gptjax.interop.source import Source
 from gptjax.nn.config import ModelConfig
 
@@ -85,6 +87,10 @@ class LlamaCppRunner:
     def known_difference(self, tokenizer: Tokenizer, text: str) -> str | None:
         """See the function of this name."""
         return known_difference(tokenizer, text)
+
+    def as_run(self, model: ModelConfig) -> tuple[ModelConfig, str]:
+        """See `gguf.write.as_run`."""
+        return gguf_write.as_run(model)
 
     def hidden(self, tokens: Sequence[int]) -> None:
         return None

@@ -19,7 +19,7 @@ from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import sentencepiece_model
-from gptjax.interop.gguf_file import GgufFile
+from gptjax.interop.gguf.file import GgufFile
 from gptjax.interop.sentencepiece_model import Pieces, PieceType
 
 _PREFIX = "tokenizer.ggml."
