@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 REJECTED = 3
 
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast the values; kept unless told.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Cast the values; kept unless told. Not beside --quantization."
+)
 _PROOF = flags.DEFINE_enum(
-    "proof", "run", ["run", "values"], "run: run both models side by side; values: only compare what was written."
+    "proof",
+    "run",
+    ["run", "values"],
+    "run: run both models side by side; values: only read back what was written, for models larger than memory.",
 )
 _TRACE = flags.DEFINE_bool("trace", False, "Compare the output of every layer, where the peer shows them.")
 _THREADS = flags.DEFINE_integer("num_threads", None, "Tensors in work at a time; as many as cores.", lower_bound=1)

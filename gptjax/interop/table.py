@@ -185,6 +185,10 @@ def family_of(model: ModelConfig, families: Mapping[str, Family], *, name: str |
             continue
         if not lost[family.name]:
             return family
+    if name is not None and lost:
+        raise ValueError(
+            f"family {name!r} is not this model's; it differs in (its -> this model's) {'; '.join(lost[name][:6])}"
+        )
     if not lost:
         reasons = "; ".join(f"{family}: {reason}" for family, reason in refused.items())
         raise ValueError(f"no model family of other frameworks has this architecture: {reasons}")

@@ -80,7 +80,7 @@ def test_what_no_family_expresses_is_said(spec, message):
 
 
 def test_nor_is_another_family_taken_than_the_one_that_was_asked_for():
-    with pytest.raises(ValueError, match="nearest is qwen3, where .*qk_norm"):
+    with pytest.raises(ValueError, match="family 'qwen3' is not this model's; it differs in .*qk_norm"):
         family_of(TINY.build(), FAMILIES, name="qwen3")
     with pytest.raises(ValueError, match="family 'bert': unknown; expected one of .*gemma3_text"):
         family_of(TINY.build(), FAMILIES, name="bert")
