@@ -62,14 +62,17 @@ def judge(
     too_much: list[str] = []
     comparisons = certificate_lib.compare(*records)
     at = next(side for side, runner in enumerate(sides) if isinstance(runner, GptjaxRunner))
-    changed, reason = _as_run(sides[1 - at], ours=rounded or sides[at])
+    plain, reason = _as_run(sides[1 - at], ours=sides[at])
     reasons = [text for text in (f"values are rounded to {found.dtype}" if rounded else "", reason) if text]
     if reasons:
         notes.append(f"{'; '.join(reasons)}: beside the model as it is, {_worst(comparisons)}")
-        too_much = list(_too_much(comparisons, found.dtype)) if rounded else []
-        sides[at] = changed
-        records[at] = certificate_lib.record(changed, source.prompts, seq_len=changed.model.seq_len)
+        sides[at] = plain if rounded is None else _as_run(sides[1 - at], ours=rounded)[0]
+        before = records[at]
+        records[at] = _record_again(sides[at], source)
         comparisons = certificate_lib.compare(*records)
+        if rounded is not None:
+            before = _record_again(plain, source) if reason else before
+            too_much = list(_too_much(certificate_lib.compare(before, records[at]), found.dtype))
     tokenizer = certificate_lib.compare_tokenizers(source, target, reason_of=_reason_of(runners))
     outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance)
     problems = [*found.problems, *outside, *too_much]
@@ -98,6 +101,11 @@ def _as_run(peer: Runner, *, ours: Runner) -> tuple[GptjaxRunner, str]:
     assert isinstance(ours, GptjaxRunner), "one of the two is"
     model, difference = getattr(peer, "as_run", lambda model: (model, ""))(ours.model)
     return (GptjaxRunner(model, ours.params, ours.tokenizer), difference) if difference else (ours, "")
+
+
+def _record_again(runner: Runner, first: Record) -> Record:
+    assert isinstance(runner, GptjaxRunner), "ours"
+    return certificate_lib.record(runner, first.prompts, seq_len=runner.model.seq_len)
 
 
 def _too_much(comparisons: Sequence[Comparison], dtype: str) -> Iterator[str]:
