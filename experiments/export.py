@@ -4,11 +4,12 @@
 
 What was written is loaded by the peer's own implementation where that is installed (pip install 'gptjax[referees]'),
 compared with the checkpoint, and gets its name when both agree; the figures are in its certificate.json. What does not
-agree is kept as <dst>.rejected, and the exit status is 3.
+agree is kept as <dst>.rejected, and the exit status is 3. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 from absl import flags
@@ -23,7 +24,9 @@ _FORMAT = flags.DEFINE_enum(
     "hf: config.json and safetensors, for transformers; gguf: for llama.cpp; the others are programs.",
     required=True,
 )
-_DST = flags.DEFINE_string("dst", None, "The folder to make; not there yet.", required=True)
+_DST = flags.DEFINE_string(
+    "dst", None, "The folder to make; not there yet. In it model.gguf, or the files of the format.", required=True
+)
 _FAMILY = flags.DEFINE_string("family", None, "model_type to write it as; the first that expresses it unless told.")
 _QUANTIZATION = flags.DEFINE_enum(
     "quantization", None, ["f32", "f16", "bf16", "q8_0", "q4_0"], "Of the weights in gguf; f16 unless told."
@@ -44,8 +47,8 @@ def main() -> int:
     )
     return interop_flags.run(
         lambda: exporting.export(
-            _CKPT.value,
-            pathlib.Path(_DST.value).absolute(),
+            os.path.expanduser(_CKPT.value),
+            pathlib.Path(_DST.value).expanduser().absolute(),
             format=_FORMAT.value,
             options=options,
             check=interop_flags.check(),

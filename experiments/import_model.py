@@ -4,7 +4,8 @@
 
 The format is told by the content. The checkpoint is read back and compared with the source, run beside the peer's own
 implementation where that is installed (pip install 'gptjax[referees]'), and gets its name when both agree; the figures
-are in its certificate.json. What does not agree is kept as <dst>.rejected, and the exit status is 3.
+are in its certificate.json. What does not agree is kept as <dst>.rejected, and the exit status is 3. Interrupted, the
+same command goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def main() -> int:
 
     return interop_flags.run(
         lambda: importing.import_model(
-            pathlib.Path(_SRC.value),
-            pathlib.Path(_DST.value).absolute(),
+            pathlib.Path(_SRC.value).expanduser(),
+            pathlib.Path(_DST.value).expanduser().absolute(),
             **interop_flags.values(),
             check=interop_flags.check(),
         ),

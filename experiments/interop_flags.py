@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 REJECTED = 3
 
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Cast the values; kept unless told.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "Cast the values; kept unless told. Not beside --quantization."
+)
 _PROOF = flags.DEFINE_enum(
-    "proof", "run", ["run", "values"], "run: run both models side by side; values: only compare what was written."
+    "proof",
+    "run",
+    ["run", "values"],
+    "run: run both models side by side; values: only read back what was written, for models larger than memory.",
 )
 _TRACE = flags.DEFINE_bool("trace", False, "Compare the output of every layer, where the peer shows them.")
-_STRINGS = flags.DEFINE_integer(
-    "allowed_strings",
-    0,
-    "Accept so many of the fixed strings with other ids: some formats cannot say all of a tokenizer.",
-)
 _THREADS = flags.DEFINE_integer("num_threads", None, "Tensors in work at a time; as many as cores.", lower_bound=1)
 
 
@@ -38,12 +38,7 @@ def check() -> Check:
     """How the result is proven."""
     from gptjax.interop.judging import Check
 
-    trace = _print_trace if _TRACE.value else None
-    return Check(
-        proof=_PROOF.value,  # type: ignore[arg-type]
-        trace=trace,
-        allowed_strings=_STRINGS.value,
-    )
+    return Check(proof="values" if _PROOF.value == "values" else "run", trace=_print_trace if _TRACE.value else None)
 
 
 def run(convert: Callable[[], Certificate], *, path: str) -> int:
@@ -56,8 +51,11 @@ def run(convert: Callable[[], Certificate], *, path: str) -> int:
         print(table(error.certificate))
         print(f"error: {error}", file=sys.stderr)
         return REJECTED
+    except KeyboardInterrupt:
+        print("what is done is kept: the same command goes on from here", file=sys.stderr)
+        raise
     print(table(certificate))
-    print(f"{path}: accepted; certificate.json beside it has the hashes and versions")
+    print(f"{path}: accepted; its certificate.json has the hashes, tolerances and versions")
     return 0
 
 
@@ -72,6 +70,12 @@ def table(certificate: Certificate) -> str:
     for row in certificate.comparisons:
         figures = (_figure(row.max_logit_difference), _figure(row.mean_kl_nats), f"{row.greedy_agreement:.0%}")
         lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
+    if certificate.comparisons:
+        bound = certificate.tolerance
+        most = (f"<= {bound.max_logit:g}", f"<= {bound.mean_kl:g}", f">= {bound.greedy:.0%}")
+        lines.append(f"  {'accepted where':<18}{most[0]:>14}{most[1]:>15}{most[2]:>15}")
+    if certificate.comparisons and certificate.tokenizer is None:
+        lines.append("  tokenizer: not compared; one of the two has none")
     if certificate.tokenizer is not None:
         total = certificate.tokenizer.num_strings
         known = certificate.tokenizer.known

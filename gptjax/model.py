@@ -163,7 +163,9 @@ class Model:
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: use complete() and logits() with tokens")
+            raise ValueError(
+                "this model has no tokenizer; import or train it with one, or give complete() and logits() tokens"
+            )
         return self.tokenizer
 
 
@@ -214,7 +216,8 @@ def load(path: epath.PathLike, *, shardings: Any = None, dtype: Any = None, weig
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights={weights!r}: expected {' or '.join(map(repr, get_args(Weights)))}")
-    if "://" not in os.fspath(path) and formats.recognise(pathlib.Path(path)) is not None:
+    path = os.path.expanduser(os.fspath(path))
+    if "://" not in path and formats.recognise(pathlib.Path(path)) is not None:
         return _foreign(pathlib.Path(path), shardings=shardings, dtype=dtype, weights=weights)
     directory = store.find(path)
     if shardings is None and rules.current_mesh() is not None:

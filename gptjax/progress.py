@@ -6,6 +6,7 @@ import sys
 import time
 
 _PLAIN_SECONDS = 10
+_STEADY_SECONDS = 2
 
 
 class Line:
@@ -47,6 +48,8 @@ class BytesLine(Line):
         self._done += num_bytes
         rate = (self._done - self._before) / max(time.monotonic() - self._began, 1e-9)
         left = (self._num_bytes - self._done) / max(rate, 1.0)
+        is_known = time.monotonic() - self._began > _STEADY_SECONDS  # the first bytes wait for what is set up
         unit, name = (1e9, "GB") if self._num_bytes >= 1e9 else (1e6, "MB")
         done, total = self._done / unit, self._num_bytes / unit
-        self.show(f"{done:,.2f} of {total:,.2f} {name}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")
+        text = f"{done:,.2f} of {total:,.2f} {name}"
+        self.show(text + (f", {rate / 1e6:,.0f} MB/s, {left:,.0f} s left" if is_known else ""))

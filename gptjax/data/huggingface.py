@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,9 @@ def make(description: Description) -> Tokenizer:
       ValueError: naming what is wrong or cannot be expressed.
       ImportError: without the package.
     """
-    values = {"kind": KIND, **dataclasses.asdict(description)}
-    serialized = json.dumps(values, separators=(",", ":")).encode()
+    values = {"kind": KIND, **vars(description)}
+    with _refused("tokenizer.json"):  # nested too deeply
+        serialized = json.dumps(values, separators=(",", ":")).encode()
     return from_description(values, serialized)
 
 
@@ -161,12 +162,42 @@ def _backend(content: Mapping[str, Any]) -> Any:
         import tokenizers
     except ImportError as error:
         raise ImportError("tokenizer.json needs the tokenizers package; pip install 'gptjax[tokenizers]'") from error
-    with _refused("tokenizer.json"):
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-        # A file may ask for them, but it is not for it to drop text.
-        backend.no_truncation()
-        backend.no_padding()
+
+    def load(**changes: Any) -> Any:
+        with _refused("tokenizer.json"):
+            return tokenizers.Tokenizer.from_str(json.dumps({**content, **changes}))
+
+    try:
+        backend = load()
+    except ValueError as error:
+        raise ValueError(f"{error}{_suspect(content, load)}") from error
+    # A file may ask for them, but it is not for it to drop text.
+    backend.no_truncation()
+    backend.no_padding()
+    _check_added(backend, content)
     return backend
+
+
+def _suspect(content: Mapping[str, Any], load: Callable[..., Any]) -> str:
+    """Names the part without which the package can run the file; it does not say so itself."""
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        with contextlib.suppress(ValueError):
+            load(**{name: None})
+            return f"; it could without {name}: {json.dumps(content[name]):.200}"
+    return ""
+
+
+def _check_added(backend: Any, content: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: for a token that the package, which counts them itself, gives another id than the file does.
+    """
+    for each in content.get("added_tokens") or ():
+        given = backend.token_to_id(each["content"])
+        if given != each["id"]:
+            raise ValueError(
+                f"tokenizer.json: added_tokens: {each['content']!r}: got id {each['id']}, expected {given}, the "
+                "vocabulary's or the first that is free"
+            )
 
 
 def _pieces(backend: Any, decoding: pieces_lib.Decoding, *, empty: set[int]) -> tuple[bytes, ...]:
@@ -174,6 +205,10 @@ def _pieces(backend: Any, decoding: pieces_lib.Decoding, *, empty: set[int]) -> 
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary or max(vocabulary.values()) >= _MAX_VOCAB:
         raise ValueError(f"tokenizer.json: {len(vocabulary)} tokens, expected 1 to {_MAX_VOCAB:,}, with ids below that")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(
+            "tokenizer.json: model.vocab: two pieces have the same id, so one of them could not be read back"
+        )
     added = backend.get_added_tokens_decoder()
     special = {id for id, token in added.items() if token.special}
     # A token that is matched in normalised text is a string of that here, with the space that it may begin with.

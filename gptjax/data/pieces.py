@@ -10,7 +10,7 @@ Its decoder says how the strings of its vocabulary are written. Two ways can be 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,15 +98,17 @@ def pieces(
     return tuple(found)
 
 
-def _steps(decoder: Any) -> Iterable[Mapping[str, Any]]:
-    """The decoder, or what a sequence of them holds."""
-    if not isinstance(decoder, Mapping):
-        return
-    if decoder.get("type") != "Sequence":
-        yield decoder
-        return
-    for each in decoder.get("decoders") or ():
-        yield from _steps(each)
+def _steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
+    """The decoder, or what a sequence of them holds; without recursion, as a file may nest them without end."""
+    left = [decoder]
+    while left:
+        step = left.pop()
+        if not isinstance(step, Mapping):
+            continue
+        if step.get("type") != "Sequence":
+            yield step
+        elif isinstance(step.get("decoders"), list):
+            left.extend(reversed(step["decoders"]))
 
 
 def _prepends(step: Mapping[str, Any]) -> bool:

@@ -19,13 +19,12 @@ from gptjax.checkpoint import stream as array_stream
 from gptjax.checkpoint.narration import quiet_orbax
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import stream
-from gptjax.interop.source import Readable, Source
+from gptjax.interop.source import Readable, Source, digest
 from gptjax.interop.table import Family, Unit, check_names, units
 from gptjax.json_files import write_json
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 
-JOURNAL = "journal.jsonl"
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
@@ -45,7 +44,7 @@ def write(
     shapes = _shapes(source, wanted, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     job = {"source": source.identity(), "dtype": None if dtype is None else dtype.name}
-    journal = stream.Journal(directory / JOURNAL, job=job)
+    journal = stream.Journal(directory / stream.JOURNAL_FILE, job=job)
     sliced = {part.path: len(part.index) for unit in wanted for part in unit.ours}
     writer = array_stream.ArraysWriter(directory / "params", shapes, sliced_dims=sliced)
 
@@ -68,7 +67,7 @@ def write(
         for part, total in zip(unit.ours, journal.notes[unit.theirs], strict=True):
             sums[f"params/{part.path}"] = (sums[f"params/{part.path}"] + total) & 0xFFFFFFFF
     _finish(source, directory, sums)
-    journal.remove()
+    journal.close()
 
 
 def _shapes(source: Source, wanted: list[Unit], dtype: np.dtype | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -183,3 +182,28 @@ class CheckpointTensor:
         parts = [self.reader.read(part.path, part.index) for part in self.unit.ours]
         sums = [array_stream.bit_sum(part) for part in parts]
         return self.unit.layout.to_theirs(parts).astype(self.dtype, copy=False), sums
+
+
+def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> dict[str, str]:
+    """What is wrong with tensors, by name.
+
+    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers.
+    """
+    found: dict[str, str] = {}
+
+    def compare(task: stream.Tensor) -> None:
+        # One after the other: both in memory would be more than what converting takes.
+        wanted = digest(source.tensors[task.name].read().astype(task.dtype, copy=False))
+        values = stored[task.name].read()
+        if wanted != digest(values):
+            found[task.name] = f"{task.name}: what was written is not what was read"
+        elif num_bad := int(np.count_nonzero(~np.isfinite(values))):
+            found[task.name] = f"{task.name}: {num_bad:,} of its {values.size:,} values are not finite numbers"
+
+    tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
+    stream.run(tasks, compare, None, label="compare", num_threads=num_threads)
+    return dict(sorted(found.items()))
+
+
+MAX_PROBLEMS = 5
+"""Of as many tensors a certificate tells."""

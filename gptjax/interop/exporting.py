@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from etils import epath
 
-from gptjax import lock
 from gptjax.checkpoint import reading
 from gptjax.interop import certificate as certificate_lib
-from gptjax.interop import formats, gguf_write, hf, onnx, params, publish, referees, saved_model, stablehlo
+from gptjax.interop import checkpoint as checkpoint_lib
+from gptjax.interop import formats, hf, onnx, params, publish, referees, saved_model, stablehlo
 from gptjax.interop.certificate import Certificate, Tolerance
-from gptjax.interop.gguf_write import QUANTIZATIONS
+from gptjax.interop.checkpoint import CheckpointTensors
+from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.write import QUANTIZATIONS, Quantization
 from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.referees import llama_cpp
-from gptjax.interop.runner import GptjaxRunner, Runner
+from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.source import sha256
 from gptjax.nn import cost
 from gptjax.nn.config import ModelConfig
@@ -34,6 +36,7 @@ class Options:
       dtype: of the values; None keeps the stored one.
       quantization: of the weights in GGUF; None is f16, or the dtype.
       max_shard_bytes: size of a file of weights at most.
+      num_threads: tensors in work at a time; None takes as many as there are cores.
     """
 
     family: str | None = None
@@ -62,7 +65,7 @@ def _write_gguf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) 
     gguf_write.write(
         checkpoint,
         folder / GGUF_FILE,
-        quantization=_quantization(options),  # type: ignore[arg-type]
+        quantization=_quantization(options),
         family_name=options.family,
         num_threads=options.num_threads,
     )
@@ -96,6 +99,8 @@ _FORMATS: Mapping[str, tuple[Callable[[epath.Path, pathlib.Path, Options], None]
 FORMATS = tuple(_FORMATS)
 # What can be opened again here, if the peer is missing.
 _REOPENED = ("hf", "gguf")
+# In these no value of a checkpoint changes.
+_EXACT = ("as stored", "float32", "f32")
 
 
 def export(
@@ -109,7 +114,8 @@ def export(
     """Writes the folder `destination` in another framework's format, re-loads it, and proves it.
 
     Killed and called again it goes on. Memory is twice that of the largest tensor (that of the model for
-    `saved_model`), and with `Check.proof="run"` then that of the model.
+    `saved_model`), and with `Check.proof="run"` then that of the model, twice
+    where values are rounded.
 
     Args:
       checkpoint: a checkpoint directory, or a workdir (its newest).
@@ -126,8 +132,10 @@ def export(
     idle = sorted(given - used - {"num_threads"})
     if idle:
         raise ValueError(f"{idle[0]}={getattr(options, idle[0])}: has no effect on {format}; leave it off")
+    certificate_lib.check_dtype(options.dtype)
     path = reading.find(checkpoint)
-    with publish.directory(destination) as partial:
+    settings = {name: str(getattr(options, name)) for name in sorted(given - {"num_threads"})}
+    with publish.directory(destination, job={"checkpoint": str(path), "to": format, **settings}) as partial:
         write(path, partial, options)
         found = _described(path, partial, format=format, options=options)
         if check.proof == "run":
@@ -136,31 +144,43 @@ def export(
     return found
 
 
-def _quantization(options: Options) -> str:
+def _quantization(options: Options) -> Quantization:
     if options.quantization is not None and options.dtype is not None:
         raise ValueError("dtype and quantization: both say how GGUF stores weights; give one")
     name = options.quantization or {"float32": "f32", "bfloat16": "bf16"}.get(str(options.dtype), "f16")
-    if name not in QUANTIZATIONS:
-        raise ValueError(f"quantization={name!r}: expected one of {', '.join(QUANTIZATIONS)}")
-    return name
+    for known in QUANTIZATIONS:
+        if name == known:
+            return known
+    raise ValueError(f"quantization={name!r}: expected one of {', '.join(QUANTIZATIONS)}")
 
 
 def _tolerance(format: str, options: Options, model: ModelConfig) -> tuple[str, Tolerance]:
     """What the values became, and what that may change."""
     if format == "gguf":
-        name = _quantization(options)
-        dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name, name)
-        return name, llama_cpp.tolerance(model, certificate_lib.tolerance(dtype, model))
+        kind = _quantization(options)
+        dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
+        return kind, llama_cpp.tolerance(model, certificate_lib.tolerance(dtype, model))
     name = "float32" if options.dtype is None else options.dtype.name
     return "as stored" if options.dtype is None else name, certificate_lib.tolerance(name, model)
 
 
 def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options: Options) -> Certificate:
     meta = reading.read_meta(path)
-    files = sorted(file for file in partial.rglob("*") if file.is_file() and file != partial / lock.FILE_NAME)
+    files = sorted(
+        file
+        for file in partial.rglob("*")
+        if file.is_file() and str(file.relative_to(partial)) not in publish.WORK_FILES
+    )
     dtype, tolerance = _tolerance(format, options, meta.model)
+    values = "the checkpoint's values were those that were saved (checksums)"
+    problems: dict[str, str] = {}
+    if format == "hf":
+        written = hf.open_source(partial)
+        stored = CheckpointTensors(path, written.family, meta.model, dtype=options.dtype)
+        problems = checkpoint_lib.value_problems(written, stored, num_threads=options.num_threads)
+        values += f"; {len(stored) - len(problems)} of {len(stored)} tensors read back equal to its bits"
     return Certificate(
-        accepted=True,
+        accepted=not problems,
         kind=f"checkpoint to {format}",
         source={"path": str(path), "step": meta.step, "checksums": meta.checksums},
         target={
@@ -171,7 +191,8 @@ def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options:
         dtype=dtype,
         referees={},
         tolerance=tolerance,
-        values="the checkpoint's values were those that were saved (checksums)",
+        values=values,
+        problems=tuple(problems.values())[: checkpoint_lib.MAX_PROBLEMS],
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
@@ -190,14 +211,19 @@ def _run(found: Certificate, path: epath.Path, partial: pathlib.Path, *, format:
         missing, peer = str(error), reloaded(partial)
     with closing(peer):
         target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
-        judged = judge(found, source, target, runners=(ours, peer), check=check)
+        rounded = None
+        if format in _REOPENED and found.dtype not in _EXACT:
+            rounded = reloaded(partial)
+            if format == "hf":  # which is run in float32
+                found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
+        judged = judge(found, source, target, runners=(ours, peer), check=check, rounded=rounded)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)
     return judged
 
 
-def reloaded(path: pathlib.Path) -> Runner:
-    """Ours, with what it reads back from an artefact: the referee of last resort."""
+def reloaded(path: pathlib.Path) -> GptjaxRunner:
+    """Ours, with what it reads back from an artefact."""
     source = formats.open_source(path)
     return GptjaxRunner(source.model, params.read(source), source.tokenizer)

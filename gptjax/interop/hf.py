@@ -11,11 +11,12 @@ from etils import epath
 
 from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.interop import safetensors, stream, tokenizers
-from gptjax.interop.checkpoint import JOURNAL, CheckpointTensors
-from gptjax.interop.families import FAMILIES
+from gptjax.interop import packed, safetensors, stream, tokenizers
+from gptjax.interop.checkpoint import CheckpointTensors
+from gptjax.interop.families import FAMILIES, MULTIMODAL
+from gptjax.interop.reader import ConfigReader
 from gptjax.interop.safetensors import SafetensorsFolder, SafetensorsWriter
-from gptjax.interop.source import Source
+from gptjax.interop.source import Readable, Source, digest
 from gptjax.interop.table import Family, family_of, read_config
 from gptjax.json_files import read_json, write_json
 from gptjax.nn.config import ModelConfig
@@ -38,29 +39,44 @@ def open_source(folder: pathlib.Path) -> Source:
       ValueError: naming the file, and the key or tensor, that is missing, damaged or not supported.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; expected a Hugging Face folder with it")
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    name = values.get("model_type")
-    if name not in FAMILIES:
-        raise ValueError(f"{path}: model_type: got {name!r}, expected one of {', '.join(FAMILIES)}")
+    values = _read_json(path)
+    name, where = values.get("model_type"), str(path)
+    known = [*FAMILIES, *MULTIMODAL]
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{path}: model_type: got {name!r:.80}, expected one of {', '.join(known)}")
+    around = MULTIMODAL.get(name)
     _check_format(folder)
-    tensors = SafetensorsFolder(folder)
-    family = FAMILIES[name]
-    model = read_config(family, values, path=str(path))
-    files = (path, *sorted({stored.file for stored in tensors.values()}), *tokenizers.files_of(folder))
+    stored = SafetensorsFolder(folder)
+    tensors = packed.unpacked(stored, ConfigReader(values, path=where).section(packed.KEY))
+    config: Mapping[str, Any] = {key: value for key, value in values.items() if key != packed.KEY}
+    if around is not None:
+        config = around.text_config(config, path=where)
+        tensors = around.text_tensors(tensors, path=str(folder))
+    family = FAMILIES[name] if around is None else around.family
+    model = read_config(family, config, path=where)
+    tensors = _normal(folder, tensors, family, model)
     return Source(
         path=folder,
         format="hf",
         family=family,
         model=model,
-        tensors=family.adapt(_normal(folder, tensors, family, model), model),
+        tensors=family.adapt(tensors, model),
         tokenizer=tokenizers.read(folder),
-        files=files,
+        files=(path, *sorted({tensor.file for tensor in stored.values()}), *tokenizers.files_of(folder)),
         raw_config=values,
     )
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; expected a Hugging Face folder with it")
+    try:
+        values = read_json(path)
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply for a config") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _check_format(folder: pathlib.Path) -> None:
@@ -76,13 +92,13 @@ def _check_format(folder: pathlib.Path) -> None:
 
 
 def _normal(
-    folder: pathlib.Path, tensors: Mapping[str, safetensors.Stored], family: Family, model: ModelConfig
-) -> Mapping[str, safetensors.Stored]:
+    folder: pathlib.Path, tensors: Mapping[str, Readable], family: Family, model: ModelConfig
+) -> Mapping[str, Readable]:
     """The tensors under their full names, and without the copy of a tied head that some folders hold."""
     embedding, head = family.name_of("embed/tokens"), family.name_of("head/kernel")
     found = dict(tensors)
     if not any(name.startswith(family.prefix) for name in found):
-        found = {name if name == head else family.prefix + name: stored for name, stored in found.items()}
+        found = {name if name == head else family.prefix + name: tensor for name, tensor in found.items()}
     if model.tie_embeddings and head in found and embedding in found:
         if not _equal(found[head], found[embedding]):
             raise ValueError(
@@ -93,9 +109,9 @@ def _normal(
     return found
 
 
-def _equal(first: safetensors.Stored, second: safetensors.Stored) -> bool:
+def _equal(first: Readable, second: Readable) -> bool:
     same = first.shape == second.shape and first.dtype == second.dtype
-    return same and np.array_equal(first.read().reshape(-1).view(np.uint8), second.read().reshape(-1).view(np.uint8))
+    return same and digest(first.read()) == digest(second.read())
 
 
 def write(
@@ -121,7 +137,7 @@ def write(
     tensors = CheckpointTensors(checkpoint, family, meta.model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"dtype": None if dtype is None else dtype.name, "family": family.name, "shard": max_shard_bytes}
-    journal = stream.Journal(folder / JOURNAL, job={"checkpoint": meta.checksums, **settings})
+    journal = stream.Journal(folder / stream.JOURNAL_FILE, job={"checkpoint": meta.checksums, **settings})
     shards = safetensors.plan_shards(
         {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, max_shard_bytes=max_shard_bytes
     )
@@ -139,7 +155,7 @@ def write(
     tensors.verify(journal.notes)
     _write_config(folder, family, meta.model, next(iter(tensors.values())).dtype)
     _write_tokenizer(folder, checkpoint)
-    journal.remove()
+    journal.close()
     return family
 
 

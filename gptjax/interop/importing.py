@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.checkpoint import arrays, reading
 from gptjax.interop import certificate as certificate_lib
-from gptjax.interop import checkpoint, formats, publish, referees, stream
+from gptjax.interop import checkpoint, formats, publish, referees
 from gptjax.interop.certificate import Certificate
 from gptjax.interop.judging import CHECK, Check, closing, judge
 from gptjax.interop.referees import llama_cpp
@@ -38,10 +38,14 @@ def import_model(
       ValueError: if the source is not what it says, or the destination is there already.
       RejectedError: if the result is not within its tolerance; it is then kept as `<destination>.rejected`.
     """
+    certificate_lib.check_dtype(dtype)
     source = formats.open_source(source_path)
-    with publish.directory(destination) as partial:
+    identity = source.identity()
+    with publish.directory(destination, job={"from": source.format}) as partial:
         checkpoint.write(source, partial, dtype=dtype, num_threads=num_threads)
         found = _prove(source, partial, dtype=dtype, check=check, num_threads=num_threads)
+        if source.identity() != identity:
+            raise ValueError(f"{source.path}: was changed while it was read; remove {partial}, and import it again")
         publish.settle(partial, destination, found)
     return found
 
@@ -54,9 +58,11 @@ def _prove(
     check: Check,
     num_threads: int | None,
 ) -> Certificate:
-    values, problems = _compare_values(source, directory, dtype=dtype, num_threads=num_threads)
+    stored = checkpoint.CheckpointTensors(directory, source.family, source.model)
+    problems = checkpoint.value_problems(source, stored, num_threads=num_threads)
+    cast = "" if dtype is None else f", cast to {dtype.name}"
     meta = reading.read_meta(directory)
-    stored = {leaf.dtype.name for leaf in arrays.stored_shapes(directory / "params").values()}
+    dtypes = {leaf.dtype.name for leaf in arrays.stored_shapes(directory / "params").values()}
     tolerance = certificate_lib.tolerance("float32" if dtype is None else dtype.name, source.model)
     if source.format != "hf":
         tolerance = llama_cpp.tolerance(source.model, tolerance)
@@ -66,45 +72,15 @@ def _prove(
         source={"path": str(source.path), "family": source.family.name, "sha256": source.hashes()},
         target={"path": directory.name.removesuffix(".partial"), "checksums": meta.checksums},
         num_params=cost.count(source.model).total,
-        dtype=", ".join(sorted(stored)),
+        dtype=", ".join(sorted(dtypes)),
         referees={},
         tolerance=tolerance,
-        values=values,
-        problems=tuple(problems),
+        values=f"{len(stored) - len(problems)} of {len(stored)} tensors read back equal to the source's bits{cast}",
+        problems=tuple(problems.values())[: checkpoint.MAX_PROBLEMS],
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
     return _run(found, source, directory, check=check) if check.proof == "run" else found
-
-
-def _compare_values(
-    source: Source, directory: pathlib.Path, *, dtype: np.dtype | None, num_threads: int | None
-) -> tuple[str, list[str]]:
-    """Whether each tensor, made from what is on disk, is the source's to the bit (after its cast, if one was asked)."""
-    stored = checkpoint.CheckpointTensors(directory, source.family, source.model)
-    different: list[str] = []
-
-    def check(task: stream.Tensor) -> bool:
-        wanted = source.tensors[task.name].read().astype(stored[task.name].dtype, copy=False)
-        got = stored[task.name].read()
-        same = np.array_equal(_bits(wanted), _bits(got))
-        if not same:
-            different.append(task.name)
-        return same
-
-    tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
-    stream.run(tasks, check, None, label="compare", num_threads=num_threads)
-    cast = "" if dtype is None else f", cast to {dtype.name}"
-    total = len(stored)
-    return (
-        f"{total - len(different)} of {total} tensors read back equal to the source's bits{cast}",
-        [f"{name}: what was written is not what was read" for name in sorted(different)[:5]],
-    )
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    """The values as bytes: a NaN is not equal to itself, and zeros of either sign are."""
-    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def _run(found: Certificate, source: Source, directory: pathlib.Path, *, check: Check) -> Certificate:

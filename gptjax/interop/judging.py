@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop.certificate import Certificate, Comparison, Record
@@ -18,16 +18,13 @@ class Check:
     """What is asked of a conversion before it gets its name.
 
     Attributes:
-      proof: `values` only compares what was written, a tensor at a time; `run` besides runs both implementations, which
-        needs memory for the model.
+      proof: `values` only compares what was written, a tensor at a time, where it is written as it is (a checkpoint, or
+        `hf`); `run` besides runs both implementations, which needs memory for the model.
       trace: told how the layers' outputs compare, where the peer shows them.
-      allowed_strings: how many of the certificate's fixed strings the two tokenizers may turn into other ids; some
-        formats cannot say all that a tokenizer does.
     """
 
     proof: Literal["run", "values"] = "run"
     trace: Callable[[str], None] | None = None
-    allowed_strings: int = 0
 
 
 CHECK = Check()
@@ -44,26 +41,42 @@ def closing(runner: Runner) -> Iterator[Runner]:
 
 
 def judge(
-    found: Certificate, source: Record, target: Record, *, runners: tuple[Runner, Runner], check: Check
+    found: Certificate,
+    source: Record,
+    target: Record,
+    *,
+    runners: tuple[Runner, Runner],
+    check: Check,
+    rounded: GptjaxRunner | None = None,
 ) -> Certificate:
     """The certificate with the figures of both runs, and what is outside of the tolerance.
 
-    A peer whose code runs a somewhat other model than the file says (`as_run`) is held against ours changed in the
-    same way, which proves the conversion; how far that is from ours as it is becomes a note.
+    What rounding does to a model says nothing of the conversion, nor does a peer whose code runs a somewhat other
+    model than the file says (`as_run`). So the peer is held against ours changed in the same way; how far that is
+    from ours as it is becomes a note.
+
+    Args:
+      rounded: ours with the values that the artefact has, where they are not the checkpoint's.
     """
     records, sides, notes = [source, target], list(runners), list(found.notes)
+    too_much: list[str] = []
     comparisons = certificate_lib.compare(*records)
     at = next(side for side, runner in enumerate(sides) if isinstance(runner, GptjaxRunner))
-    changed, difference = _as_run(sides[1 - at], ours=sides[at])
-    if difference:
-        notes.append(f"{difference}: beside the model as it is, {_worst(comparisons)}; the figures are without that")
-        sides[at] = changed
-        records[at] = certificate_lib.record(changed, source.prompts, seq_len=changed.model.seq_len)
+    plain, reason = _as_run(sides[1 - at], ours=sides[at])
+    reasons = [text for text in (f"values are rounded to {found.dtype}" if rounded else "", reason) if text]
+    if reasons:
+        notes.append(f"{'; '.join(reasons)}: beside the model as it is, {_worst(comparisons)}")
+        sides[at] = plain if rounded is None else _as_run(sides[1 - at], ours=rounded)[0]
+        before = records[at]
+        records[at] = _record_again(sides[at], source)
         comparisons = certificate_lib.compare(*records)
+        if rounded is not None:
+            before = _record_again(plain, source) if reason else before
+            too_much = list(_too_much(certificate_lib.compare(before, records[at]), found.dtype))
     tokenizer = certificate_lib.compare_tokenizers(source, target, reason_of=_reason_of(runners))
-    outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance, allowed_strings=check.allowed_strings)
-    problems = [*found.problems, *outside]
-    layers: Any = None
+    outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance)
+    problems = [*found.problems, *outside, *too_much]
+    layers: list[float] | None = None
     if problems or check.trace is not None:
         longest = max(source.prompts, key=lambda name: len(source.prompts[name]))
         tokens = [*source.prompts[longest], *source.greedy[longest]]
@@ -90,10 +103,27 @@ def _as_run(peer: Runner, *, ours: Runner) -> tuple[GptjaxRunner, str]:
     return (GptjaxRunner(model, ours.params, ours.tokenizer), difference) if difference else (ours, "")
 
 
+def _record_again(runner: Runner, first: Record) -> Record:
+    assert isinstance(runner, GptjaxRunner), "ours"
+    return certificate_lib.record(runner, first.prompts, seq_len=runner.model.seq_len)
+
+
+def _too_much(comparisons: Sequence[Comparison], dtype: str) -> Iterator[str]:
+    """A line for each prompt that tells two models apart by more than rounding to a dtype does."""
+    most = certificate_lib.ROUNDING_KL[dtype]
+    for row in comparisons:
+        if row.mean_kl_nats is not None and not row.mean_kl_nats <= most:
+            yield f"{row.prompt}: {dtype} is {row.mean_kl_nats:.3g} nats off the model, expected at most {most:g}"
+
+
 def _worst(comparisons: Sequence[Comparison]) -> str:
     logits = [row.max_logit_difference for row in comparisons if row.max_logit_difference is not None]
     kl = [row.mean_kl_nats for row in comparisons if row.mean_kl_nats is not None]
-    return f"logits differ by up to {max(logits):.2g} and the mean KL is up to {max(kl):.2g} nats"
+    greedy = min(row.greedy_agreement for row in comparisons)
+    figures = f"greedy tokens agree for {greedy:.0%} or more before the first that differs"
+    if logits:
+        figures += f", logits differ by up to {max(logits):.2g}, the mean KL is up to {max(kl):.2g} nats"
+    return figures
 
 
 def _reason_of(runners: tuple[Runner, Runner]) -> Callable[[str], str | None]:

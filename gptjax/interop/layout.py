@@ -7,11 +7,13 @@ side, so that a file is checked before a value of it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from gptjax.interop.pairs import to_halves, to_pairs
 
 Shape = tuple[int, ...]
 
@@ -150,16 +152,14 @@ class PairedRotation:
         return self.inner.theirs_shape(shapes)
 
     def to_ours(self, theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
-        return [self._reordered(self.inner.to_ours(theirs, shapes)[0], to_halves=True)]
+        return [self._moved(self.inner.to_ours(theirs, shapes)[0], to_halves)]
 
     def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-        return self.inner.to_theirs([self._reordered(ours[0], to_halves=False)])
+        return self.inner.to_theirs([self._moved(ours[0], to_pairs)])
 
-    def _reordered(self, x: np.ndarray, *, to_halves: bool) -> np.ndarray:
-        pairs = np.arange(self.rotated).reshape(-1, 2).T.reshape(-1)  # 0, 2, 4, ..., 1, 3, 5, ...
-        order = np.arange(x.shape[-1])
-        order[self.offset : self.offset + self.rotated] = self.offset + (pairs if to_halves else np.argsort(pairs))
-        return x[..., order]
+    def _moved(self, x: np.ndarray, move: Callable[..., np.ndarray]) -> np.ndarray:
+        before, rotated, after = np.split(x, [self.offset, self.offset + self.rotated], axis=-1)
+        return np.concatenate([before, move(rotated, axis=-1), after], axis=-1)
 
 
 def _transposed(x_MN: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""llama2.c's `.bin` files: a header of sizes, then every value of a Llama in float32.
+"""llama2.c's `.bin` files: a header of sizes, then every value of a Llama.
 
 Version 0 begins with the sizes; a negative vocabulary says that the head is not the embedding. Version 1 has a
-magic number, another order, and no tables of rotations. Theirs rotates neighbouring pairs, Hugging Face's Llama
-halves, so rows of the query and key projections change places.
+magic number, another order, and no tables of rotations. Version 2 is version 1 with each matrix in int8, and a
+float32 for each group of so many values. Theirs rotates neighbouring pairs, Hugging Face's Llama halves, so rows of
+the query and key projections change places.
 
-Source: https://github.com/karpathy/llama2.c, `export.py` and `run.c`.
+Source: https://github.com/karpathy/llama2.c, `export.py`, `run.c` and `runq.c`.
 """
 
 from __future__ import annotations
@@ -12,29 +13,25 @@ from __future__ import annotations
 import math
 import pathlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from absl import logging
-from etils import epath
 
-from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.interop import sentencepiece_model, stream
-from gptjax.interop.checkpoint import CheckpointTensors
+from gptjax.interop import sentencepiece_model
 from gptjax.interop.families import llama
 from gptjax.interop.layout import Shape
-from gptjax.interop.pairs import to_halves, to_pairs
+from gptjax.interop.pairs import to_halves
 from gptjax.interop.safetensors import Stored
 from gptjax.interop.sentencepiece_model import Pieces, PieceType
-from gptjax.interop.source import Source
-from gptjax.interop.table import inference_form, read_config
-from gptjax.nn.config import ModelConfig
+from gptjax.interop.source import Readable, Source
+from gptjax.interop.table import read_config
 
 MAGIC = 0x616B3432
-_HEADER_BYTES = {0: 28, 1: 256}
+_HEADER_BYTES = {0: 28, 1: 256, 2: 256}
 _EPS, _THETA = 1e-5, 10_000.0  # constants of run.c
 _MAX_SIZE = 1 << 24  # of any one dimension; more is no model but a damaged file
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # torch.save's, new and old
@@ -43,7 +40,11 @@ _FLOAT32 = np.dtype("<f4")
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its model."""
+    """What a file says of its model.
+
+    Attributes:
+      group_size: how many values of a matrix have a scale in common; 0 for float32.
+    """
 
     version: int
     dim: int
@@ -54,6 +55,7 @@ class Header:
     vocab_size: int
     seq_len: int
     tied: bool
+    group_size: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -80,10 +82,36 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """A matrix in int8 and the float32 that each group of its values is multiplied by."""
+
+    values: Stored
+    scales: Stored
+    dtype: ClassVar[np.dtype] = _FLOAT32
+
+    @property
+    def shape(self) -> Shape:
+        return self.values.shape
+
+    def read(self) -> np.ndarray:
+        """The products.
+
+        Raises:
+          ValueError: if the scales are none, or the file has become shorter.
+        """
+        scales = self.scales.read()
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise ValueError(
+                f"{self.scales.file}: scales from byte {self.scales.offset}: expected finite, not negative"
+            )
+        return (self.values.read().reshape(len(scales), -1) * scales[:, None]).reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Rotated:
     """A projection whose heads of `num_heads` have their rows in pairs."""
 
-    stored: Stored
+    stored: Readable
     num_heads: int
 
     @property
@@ -108,17 +136,16 @@ def is_llama2c(file: pathlib.Path) -> bool:
 
 
 def open_source(file: pathlib.Path) -> Source:
-    """A `.bin` file of version 0 or 1, and the tokenizer beside it where there is just one.
+    """A `.bin` file of version 0, 1 or 2, and the tokenizer beside it where there is just one.
 
     Raises:
       ValueError: naming the file and what is wrong with it.
     """
     header = read_header(file)
-    places, _ = _plan(header, file)
     heads = {"q_proj": header.n_heads, "k_proj": header.n_kv_heads}
     tensors = {
         name: Rotated(stored, heads[name.split(".")[-2]]) if name.split(".")[-2] in heads else stored
-        for name, stored in places.items()
+        for name, stored in _plan(header, file).items()
         if not name.startswith("freq_cis")
     }
     tokenizer_file, tokenizer = _find_tokenizer(file, header.vocab_size)
@@ -138,7 +165,7 @@ def read_header(file: pathlib.Path) -> Header:
     """The sizes in the first bytes, checked against the size of the file.
 
     Raises:
-      ValueError: if they are none of a model, or the file is cut, longer, or quantised.
+      ValueError: if they are none of a model, or the file is cut or longer.
     """
     num_bytes = file.stat().st_size
     with file.open("rb") as opened:
@@ -148,14 +175,13 @@ def read_header(file: pathlib.Path) -> Header:
     version = 0
     if struct.unpack_from("<I", start)[0] == MAGIC:
         version = struct.unpack_from("<i", start, 4)[0]
-        if version == 2:
-            raise ValueError(f"{file}: version 2, quantised to int8, is not supported; export version 0 or 1")
-        if version != 1 or len(start) < _HEADER_BYTES[1]:
-            raise ValueError(f"{file}: version {version} of {num_bytes} bytes; expected 0 or 1, whole")
+        if version not in (1, 2) or len(start) < _HEADER_BYTES[1]:
+            raise ValueError(f"{file}: version {version} of {num_bytes} bytes; expected 0, 1 or 2, whole")
     sizes = struct.unpack_from("<7i", start, 8 if version else 0)
     tied = bool(start[36]) if version else sizes[5] > 0
+    group_size = struct.unpack_from("<i", start, 37)[0] if version == 2 else 0
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len = sizes
-    header = Header(version, dim, hidden_dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), seq_len, tied)
+    header = Header(version, dim, hidden_dim, n_layers, n_heads, n_kv_heads, abs(vocab_size), seq_len, tied, group_size)
     numbers = (dim, hidden_dim, n_layers, n_heads, n_kv_heads, header.vocab_size, seq_len)
     if not all(0 < number <= _MAX_SIZE for number in numbers):
         pickle = "it may be a pickle, which runs code when it is opened"
@@ -166,21 +192,29 @@ def read_header(file: pathlib.Path) -> Header:
             f"{file}: dim {header.dim}, {header.n_heads} heads, {header.n_kv_heads} kv heads: expected even heads and "
             "a multiple of the kv heads"
         )
-    expected = _HEADER_BYTES[version] + 4 * sum(math.prod(shape) for shape in _totals(header))
+    if version == 2 and (group_size < 1 or dim % group_size):
+        raise ValueError(f"{file}: groups of {group_size} values: expected a divisor of dim {dim}")
+    expected = _HEADER_BYTES[version] + _total_bytes(header)
     if expected != num_bytes:
         raise ValueError(f"{file}: {num_bytes:,} bytes, expected {expected:,} from its header: cut or added to")
     return header
 
 
-def _totals(header: Header) -> Iterator[Shape]:
-    """Of the stacked tensors, without going through the layers, of which a damaged file may claim millions."""
-    one_layer = [shape for _, shape in _layer_parts(header)]
-    yield header.n_layers, sum(math.prod(shape) for shape in one_layer)
-    yield header.vocab_size + 1, header.dim
-    if header.version == 0:
-        yield header.seq_len, header.head_dim
-    if not header.tied:
-        yield header.vocab_size, header.dim
+def _num_bytes(header: Header, shape: Shape) -> int:
+    size = math.prod(shape)
+    return size + 4 * (size // header.group_size) if _is_grouped(header, shape) else 4 * size
+
+
+def _is_grouped(header: Header, shape: Shape) -> bool:
+    return header.group_size > 0 and len(shape) > 1
+
+
+def _total_bytes(header: Header) -> int:
+    """Without going through the layers, of which a damaged file may claim millions."""
+    one_layer = sum(_num_bytes(header, shape) for _, shape in _layer_parts(header))
+    matrices = (1 if header.tied else 2) * _num_bytes(header, (header.vocab_size, header.dim))
+    tables = _num_bytes(header, (header.seq_len, header.head_dim)) if header.version == 0 else 0
+    return header.n_layers * one_layer + matrices + _num_bytes(header, (header.dim,)) + tables
 
 
 def _layer_parts(header: Header) -> list[tuple[str, Shape]]:
@@ -194,8 +228,8 @@ def _layer_parts(header: Header) -> list[tuple[str, Shape]]:
     return [(f"{name}.weight", shape) for name, shape in parts]
 
 
-def _plan(header: Header, file: pathlib.Path) -> tuple[dict[str, Stored], int]:
-    """Where every tensor lies, under Hugging Face's names (`freq_cis_*` for the tables), and where the file ends."""
+def _plan(header: Header, file: pathlib.Path) -> dict[str, Stored | Grouped]:
+    """Where every tensor lies, under Hugging Face's names (`freq_cis_*` for the tables)."""
     layered = _layer_parts(header)
     embedding: tuple[str, Shape] = "model.embed_tokens.weight", (header.vocab_size, header.dim)
     final: tuple[str, Shape] = "model.norm.weight", (header.dim,)
@@ -204,22 +238,29 @@ def _plan(header: Header, file: pathlib.Path) -> tuple[dict[str, Stored], int]:
         return [(f"model.layers.{i}.{name}", shape) for name, shape in parts for i in range(header.n_layers)]
 
     order = [embedding, *stacks(layered), final]
-    if header.version == 1:
+    if header.version > 0:
         order = [*stacks(layered[:2]), final, embedding, *stacks(layered[2:])]
     else:
         order += [(f"freq_cis_{part}", (header.seq_len, header.head_dim // 2)) for part in ("real", "imag")]
     if not header.tied:
         order.append(("lm_head.weight", embedding[1]))
-    places, at = {}, _HEADER_BYTES[header.version]
+    places: dict[str, Stored | Grouped] = {}
+    at = _HEADER_BYTES[header.version]
     for name, shape in order:
-        size = 4 * math.prod(shape)
-        places[name] = Stored(file, at, size, shape, _FLOAT32)
-        at += size
-    return places, at
+        num_bytes, size = _num_bytes(header, shape), math.prod(shape)
+        if _is_grouped(header, shape):
+            num_scales = size // header.group_size
+            scales = Stored(file, at + size, 4 * num_scales, (num_scales,), _FLOAT32)
+            places[name] = Grouped(Stored(file, at, size, shape, np.dtype(np.int8)), scales)
+        else:
+            places[name] = Stored(file, at, num_bytes, shape, _FLOAT32)
+        at += num_bytes
+    return places
 
 
 def _find_tokenizer(file: pathlib.Path, vocab_size: int) -> tuple[pathlib.Path | None, Tokenizer | None]:
     """The one beside the file whose vocabulary is of its size; a SentencePiece model before a `.bin`."""
+    others: list[str] = []
     for pattern, read in (("*.model", tokenizer_lib.load), ("*.bin", read_tokenizer)):
         found = {}
         for path in sorted(file.parent.glob(pattern)):
@@ -231,12 +272,18 @@ def _find_tokenizer(file: pathlib.Path, vocab_size: int) -> tuple[pathlib.Path |
                 continue  # a model, or a tokenizer of another kind
             if tokenizer.vocab_size == vocab_size:
                 found[path] = tokenizer
+            else:
+                others.append(f"{path.name} has {tokenizer.vocab_size:,}")
         if len(found) == 1:
             return next(iter(found.items()))
         if found:
             names = ", ".join(path.name for path in found)
             logging.warning("%s: no tokenizer taken: several beside it have %d tokens: %s", file, vocab_size, names)
             return None, None
+    logging.warning(
+        "%s: no tokenizer beside it has its %d tokens%s: it is read without one",
+        file, vocab_size, f" ({', '.join(others)})" if others else "",
+    )  # fmt: skip
     return None, None
 
 
@@ -277,53 +324,3 @@ def _piece_text(file: pathlib.Path, id: int, piece: bytes) -> str:
 
 def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-
-
-def write(checkpoint: epath.PathLike, file: pathlib.Path, *, num_threads: int | None = None) -> None:
-    """Writes version 0 of a checkpoint's model, in float32; goes on with what an earlier call left.
-
-    The tokenizer is left to the caller: llama2.c reads it from a file of its own.
-
-    Raises:
-      ValueError: if llama2.c cannot run the model: it has one epsilon, one rotation, and neither biases nor windows.
-    """
-    meta = reading.read_meta(epath.Path(checkpoint))
-    header = _header_of(meta.model)
-    tensors = CheckpointTensors(checkpoint, llama.LLAMA, meta.model, dtype=_FLOAT32)
-    places, num_bytes = _plan(header, file)
-    journal = stream.Journal(file.with_name(file.name + ".journal"), job={"checkpoint": meta.checksums})
-    sizes = (header.dim, header.hidden_dim, header.n_layers, header.n_heads, header.n_kv_heads)
-    with open(file, "r+b" if file.exists() else "w+b") as opened:
-        vocab_size = header.vocab_size if header.tied else -header.vocab_size
-        opened.write(struct.pack("<7i", *sizes, vocab_size, header.seq_len))
-        opened.truncate(num_bytes)
-    heads = {"q_proj": header.n_heads, "k_proj": header.n_kv_heads}
-
-    def convert(task: stream.Tensor) -> list[int]:
-        value, sums = tensors[task.name].read_with_sums()
-        projection = task.name.split(".")[-2]
-        places[task.name].write(to_pairs(value, num_heads=heads[projection]) if projection in heads else value)
-        return sums
-
-    tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
-    stream.run(tasks, convert, journal, label="export", num_threads=num_threads)
-    tensors.verify(journal.notes)
-    frequencies = _THETA ** -(np.arange(0, header.head_dim, 2) / header.head_dim)
-    angles = np.outer(np.arange(header.seq_len), frequencies)
-    places["freq_cis_real"].write(np.cos(angles).astype(_FLOAT32))
-    places["freq_cis_imag"].write(np.sin(angles).astype(_FLOAT32))
-    journal.remove()
-
-
-def _header_of(model: ModelConfig) -> Header:
-    block = model.blocks[0]
-    d_ff = getattr(block.mlp, "d_ff", 0)
-    num_kv_heads = getattr(block.attention, "num_kv_heads", 1)
-    sizes = (model.d_model, d_ff, model.num_layers, block.attention.num_heads, num_kv_heads, model.vocab_size)
-    header = Header(0, *sizes, model.seq_len, model.tie_embeddings)
-    if inference_form(read_config(llama.LLAMA, header.config(), path="llama2.c")) != inference_form(model):
-        raise ValueError(
-            "llama2.c runs Llamas with heads of d_model / num_heads, RMSNorm of eps 1e-5, rotation of theta 10000, "
-            "SwiGLU, and neither biases, windows nor scaled rotations; this model is another: export it as hf or gguf"
-        )
-    return header

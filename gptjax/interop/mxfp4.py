@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from gptjax.interop.layout import Shape
 from gptjax.interop.reader import ConfigReader
-from gptjax.nn.config import ModelConfig
+from gptjax.interop.source import Readable
 
 _BLOCK_BYTES = 16
 _VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -27,25 +26,16 @@ _NOT_A_NUMBER = 255
 _NUM_CODES = 16
 
 
-def read_config(reader: ConfigReader) -> None:
-    """Refuses every other quantisation.
-
-    Raises:
-      ValueError: naming it.
-    """
-    section = reader.section("quantization_config")
-    if section is not None:
-        section.require("quant_method", "mxfp4")
-        section.ignore(["modules_to_not_convert", "dequantize"])
-        section.finish()
-
-
-def unpacked(found: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+def unpacked(found: Mapping[str, Readable], section: ConfigReader) -> dict[str, Readable]:
     """The tensors with `X` for each pair of `X_blocks` and `X_scales`.
+
+    Args:
+      section: `quantization_config`.
 
     Raises:
       ValueError: if one lacks the other, or their shapes are not those of blocks.
     """
+    section.ignore(["modules_to_not_convert", "dequantize"])
     tensors = dict(found)
     for name in found:
         if name.endswith("_blocks"):
@@ -55,7 +45,7 @@ def unpacked(found: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     return tensors
 
 
-def _checked(name: str, blocks: Any, scales: Any) -> Packed:
+def _checked(name: str, blocks: Readable, scales: Readable | None) -> Packed:
     if scales is None:
         raise ValueError(f"{name}_scales: missing; expected it beside {name}_blocks")
     bytes_ = np.dtype(np.uint8)
@@ -75,8 +65,8 @@ class Packed:
     """A tensor `[experts, in, out]` that is unpacked when it is read."""
 
     name: str
-    blocks: Any
-    scales: Any
+    blocks: Readable
+    scales: Readable
 
     @property
     def shape(self) -> Shape:

@@ -3,8 +3,7 @@
     model.onnx          tokens [B, T] -> logits [B, T, V]
     step.onnx           tokens, positions [B, T], wanted [B, R] and the cache's arrays -> logits [B, R, V] and the cache
     model.safetensors   the weights, to which both refer as external data
-    manifest.json       empty caches, special ids
-    tokenizer.model
+    manifest.json       and run.py and the tokenizer; see `portable.write_companions`
 
 What the arguments of a step mean is said at `portable.Portable.step`; one graph serves for prompts and for single
 tokens, whatever B, T, R and the length of the cache. Everything is float32.
@@ -27,10 +26,9 @@ from etils import epath
 from jax import export
 
 from gptjax.interop import onnx_graph
-from gptjax.interop.portable import Portable, describe, plan
+from gptjax.interop.portable import Portable, plan, write_companions
 from gptjax.interop.safetensors import SafetensorsFolder, Stored
-from gptjax.interop.stablehlo import MANIFEST, write_tokenizer, write_weights
-from gptjax.json_files import write_json
+from gptjax.interop.stablehlo import write_weights
 
 MODEL_FILE, STEP_FILE = "model.onnx", "step.onnx"
 
@@ -45,7 +43,7 @@ def write(checkpoint: epath.PathLike, folder: pathlib.Path, *, num_threads: int 
       ValueError: if the checkpoint is damaged, or an operation of the model has no counterpart.
     """
     onnx_graph.require_packages()
-    portable, meta = plan(checkpoint, form="plain", dtype=np.dtype(np.float32))
+    portable = plan(checkpoint, form="plain", dtype=np.dtype(np.float32))
     folder.mkdir(parents=True, exist_ok=True)
     # All in one file: an ONNX graph names the file of each tensor, and has no limit of its size.
     write_weights(checkpoint, portable, folder, max_shard_bytes=1 << 62, num_threads=num_threads)
@@ -76,7 +74,7 @@ def write(checkpoint: epath.PathLike, folder: pathlib.Path, *, num_threads: int 
     }
     for file, (program, inputs, outputs) in graphs.items():
         _write_graph(folder / file, program, inputs, outputs, portable, stored)
-    write_json(folder / MANIFEST, describe(portable, meta, tokenizer=write_tokenizer(checkpoint, folder)))
+    write_companions(checkpoint, folder, portable, format="onnx")
 
 
 def _write_graph(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,10 @@ from etils import epath
 
 from gptjax.checkpoint import arrays, reading
 from gptjax.checkpoint import stream as array_stream
+from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.infer.layout import for_decoding, layers_apart
-from gptjax.interop import stream
+from gptjax.interop import run_exported, stream, tokenizers
+from gptjax.json_files import write_json
 from gptjax.nn import transformer
 from gptjax.nn.cache import init_cache
 from gptjax.nn.config import ModelConfig
@@ -34,6 +37,8 @@ from gptjax.parallel import mesh
 from gptjax.types import Array
 
 Dim = int | Literal["batch", "cache_len"]
+
+MANIFEST, RUN_FILE = "manifest.json", "run.py"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Portable:
             # Not `arange`: converters know the length of an array that they have, not a size alone.
             positions_BT = jnp.cumsum(jnp.ones_like(tokens_BT), axis=1, dtype=jnp.int32) - 1
             output = transformer.forward(self.model, params, tokens_BT, positions_BT=positions_BT)
-            return transformer.logits(self.model, params, output.hidden_BTD)
+            return self._logits(params, output.hidden_BTD, positions_BT, self.model.seq_len)
 
     def step(
         self, tokens_BT: Array, positions_BT: Array, wanted_BR: Array, cache: Sequence[Array], weights: Sequence[Array]
@@ -100,22 +105,34 @@ class Portable:
           cache: in the order of `self.cache`, empty or from a former call.
 
         Returns:
-          `(logits_BRV, cache)`, logits in float32.
+          `(logits_BRV, cache)`, logits in float32; NaN for a position that the cache has no room for, as for one past
+          the context: a program cannot raise, and what it computed without that token would look like any logits.
         """
         with mesh.portable(self.form):
             params, nested = self._params(weights), arrays.nest(dict(zip(self.cache, cache, strict=True)))
             output = transformer.forward(self.model, params, tokens_BT, positions_BT=positions_BT, cache=nested)
             hidden_BRD = jnp.take_along_axis(output.hidden_BTD, wanted_BR[:, :, None], axis=1)
+            at_BR = jnp.take_along_axis(positions_BT, wanted_BR, axis=1)
+            logits_BRV = self._logits(params, hidden_BRD, at_BR, self._room(cache))
             updated = arrays.flatten(output.cache)
-            return transformer.logits(self.model, params, hidden_BRD), [updated[name] for name in self.cache]
+            return logits_BRV, [updated[name] for name in self.cache]
+
+    def _logits(self, params: Any, hidden_BRD: Array, positions_BR: Array, room: Array | int) -> Array:
+        return jnp.where((positions_BR < room)[:, :, None], transformer.logits(self.model, params, hidden_BRD), jnp.nan)
+
+    def _room(self, cache: Sequence[Array]) -> Array | int:
+        """How many positions a step can know of."""
+        for entry, value in zip(self.cache.values(), cache, strict=True):
+            if "cache_len" in entry.dims:
+                num_slots = value.shape[entry.dims.index("cache_len")]
+                return jnp.minimum(jnp.arange(num_slots, dtype=jnp.int32)[-1] + 1, self.model.seq_len)
+        return self.model.seq_len
 
     def _params(self, weights: Sequence[Array]) -> dict[str, Any]:
         return arrays.nest(dict(zip(self.weights, weights, strict=True)))
 
 
-def plan(
-    checkpoint: epath.PathLike, *, form: Literal["any", "plain"], dtype: np.dtype | None = None
-) -> tuple[Portable, reading.Meta]:
+def plan(checkpoint: epath.PathLike, *, form: Literal["any", "plain"], dtype: np.dtype | None = None) -> Portable:
     """The programs of a checkpoint; reads no weights.
 
     Args:
@@ -124,7 +141,7 @@ def plan(
     Raises:
       ValueError: for another dtype, or a checkpoint that cannot be read.
     """
-    meta = reading.read_meta(epath.Path(checkpoint))
+    model = reading.read_meta(epath.Path(checkpoint)).model
     stored = arrays.stored_shapes(epath.Path(checkpoint) / "params")
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
     if dtype is None:
@@ -132,8 +149,8 @@ def plan(
         dtype = bfloat16 if kernels == {bfloat16} else np.dtype(np.float32)
     if dtype not in (bfloat16, np.float32):
         raise ValueError(f"dtype={dtype}: programs compute in float32 or bfloat16; choose one of them")
-    model = dataclasses.replace(meta.model, dtype=dtype.name, remat="none")  # type: ignore[arg-type]
-    return Portable(form, layers_apart(model), _weights(model), _cache(model, form, dtype)), meta
+    model = dataclasses.replace(model, dtype=dtype.name, remat="none")  # type: ignore[arg-type]
+    return Portable(form, layers_apart(model), _weights(model), _cache(model, form, dtype))
 
 
 def _weights(model: ModelConfig) -> dict[str, Weight]:
@@ -217,16 +234,30 @@ class WeightReader:
                 )
 
 
-def describe(portable: Portable, meta: reading.Meta, *, tokenizer: Any) -> dict[str, Any]:
-    """What a manifest says of the model: sizes, special ids, caches and weights in the order of arguments."""
-    model = portable.model
-    names = ("bos", "eos", "pad", "unk")
-    return {
+def write_companions(
+    checkpoint: epath.PathLike, folder: pathlib.Path, portable: Portable, *, format: str, **more: Any
+) -> None:
+    """What lies beside programs, so that they run where nothing of gptjax is.
+
+    tokenizer.json, ...   what `transformers` and `tokenizers` load; or tokenizer.model, see `tokenizers.write_files`
+    manifest.json         sizes, special ids, caches and weights in the order of arguments, and `more`
+    run.py                an example of use
+    """
+    path = epath.Path(checkpoint)
+    content = reading.read_assets(path).get(tokenizer_lib.FILE_NAME)
+    tokenizer = None if content is None else tokenizer_lib.from_bytes(content)
+    special_ids: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokenizers.write_files(tokenizer, folder)
+        special_ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "pad", "unk")}
+        special_ids["eos"] = list(tokenizer.eos_ids)
+    model, meta = portable.model, reading.read_meta(path)
+    manifest = {
+        "format": format,
         "vocab_size": model.vocab_size,
         "context": model.seq_len,
-        "positions": "learned" if model.learned_positions else "any",
         "dtype": model.dtype,
-        "special_ids": {} if tokenizer is None else {name: getattr(tokenizer, f"{name}_id") for name in names},
+        "special_ids": special_ids,
         "checkpoint": {"step": meta.step, "tokenizer": meta.tokenizer},
         "cache": [
             {"name": name, "shape": list(entry.dims), "dtype": entry.dtype.name, "fill": entry.fill}
@@ -237,3 +268,5 @@ def describe(portable: Portable, meta: reading.Meta, *, tokenizer: Any) -> dict[
             for name, weight in portable.weights.items()
         ],
     }
+    write_json(folder / MANIFEST, manifest | more)
+    shutil.copyfile(run_exported.__file__, folder / RUN_FILE)

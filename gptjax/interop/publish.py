@@ -6,16 +6,25 @@ is proven there, and then gets its name in one rename, or `<name>.rejected`.
 
 from __future__ import annotations
 
+import errno
+import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from gptjax import lock
 from gptjax.interop.certificate import Certificate
-from gptjax.json_files import write_json
+from gptjax.interop.stream import JOURNAL_FILE
+from gptjax.json_files import read_json, write_json
 
 CERTIFICATE_FILE = "certificate.json"
+JOB_FILE = "job.json"
+# What a directory has besides the artefact while it is worked in. The journal stays until the proof is done, or a kill
+# in the middle of that would have everything written again.
+WORK_FILES = frozenset({CERTIFICATE_FILE, JOB_FILE, JOURNAL_FILE, lock.FILE_NAME})
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RejectedError(ValueError):
@@ -28,17 +37,67 @@ class RejectedError(ValueError):
 
 
 @contextmanager
-def directory(final: pathlib.Path) -> Iterator[pathlib.Path]:
+def directory(final: pathlib.Path, *, job: Mapping[str, Any]) -> Iterator[pathlib.Path]:
     """The directory to work in for an artefact to be called `final`; no other process gets it meanwhile.
 
+    Args:
+      job: what is made; what an earlier call left of the same is taken up.
+
     Raises:
-      ValueError: if something has that name already.
+      ValueError: if something has that name already, was rejected under it, or is half done and something else.
     """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"{final}: is there already, and is not overwritten; name another, or remove it")
+    _check_free(final)
     partial = final.with_name(final.name + ".partial")
     with lock.exclusive(partial):
-        yield partial
+        try:
+            _check_free(final)  # another process may have finished since
+            _check_job(partial, job)
+            yield partial
+        except Exception as error:
+            if _is_full(error):
+                free = shutil.disk_usage(partial).free / 1e6
+                raise ValueError(
+                    f"{partial}: there is no room for it ({free:,.0f} MB are free); make some and repeat the same "
+                    "command, which goes on from here"
+                ) from error
+            raise
+        finally:
+            if {path.name for path in partial.glob("*")} <= {lock.FILE_NAME, JOB_FILE}:  # nothing was begun
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk or a quota is full, or a file may not become so large; TensorStore only has it in its text."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return "RESOURCE_EXHAUSTED" in str(error) or any(os.strerror(code) in str(error) for code in _FULL)
+
+
+def _check_free(final: pathlib.Path) -> None:
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ValueError(f"{final}: is there already, and is not overwritten; name another, or remove it")
+    rejected = _rejected(final)
+    if rejected.exists():
+        raise ValueError(
+            f"{rejected}: an earlier attempt, which was rejected, is not overwritten; {CERTIFICATE_FILE} in it says "
+            "why: remove it to try again"
+        )
+
+
+def _rejected(final: pathlib.Path) -> pathlib.Path:
+    return final.with_name(final.name + ".rejected")
+
+
+def _check_job(partial: pathlib.Path, job: Mapping[str, Any]) -> None:
+    """Some formats' files have no journal of their own that would tell one conversion from another."""
+    found = read_json(partial / JOB_FILE)
+    begun = any(path.name != lock.FILE_NAME and not path.name.startswith(JOB_FILE) for path in partial.iterdir())
+    if begun and found != job:
+        raise ValueError(
+            f"{partial}: holds a conversion that was interrupted, of another source or with other settings; delete "
+            "that directory to begin this one"
+        )
+    write_json(partial / JOB_FILE, job)
 
 
 def settle(partial: pathlib.Path, final: pathlib.Path, certificate: Certificate) -> None:
@@ -48,14 +107,13 @@ def settle(partial: pathlib.Path, final: pathlib.Path, certificate: Certificate)
       RejectedError: if the certificate says no; the artefact is then called `<name>.rejected`.
     """
     write_json(partial / CERTIFICATE_FILE, certificate.to_json())
-    (partial / lock.FILE_NAME).unlink(missing_ok=True)
+    for name in (JOURNAL_FILE, JOB_FILE, lock.FILE_NAME):
+        (partial / name).unlink(missing_ok=True)
     if certificate.accepted:
         if final.exists():
             final.rmdir()  # empty, as `directory` saw; one that was filled meanwhile is an error here
         partial.rename(final)
         return
-    rejected = final.with_name(final.name + ".rejected")
-    if rejected.exists() and (rejected / CERTIFICATE_FILE).exists():
-        shutil.rmtree(rejected)  # an earlier one of ours
+    rejected = _rejected(final)
     partial.rename(rejected)
     raise RejectedError(certificate, rejected)

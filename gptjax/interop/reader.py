@@ -12,6 +12,8 @@ MAX_LAYERS = 1024
 """Of a config to be believed: layers are listed one by one."""
 MAX_EXPERTS = 4096
 """Likewise of one layer."""
+MAX_EXPERTS_TOGETHER = 1 << 17
+"""Likewise of all layers, each expert being a tensor or several."""
 _MAX_SIZE = 2**31 - 1
 
 # What says nothing of the forward pass: bookkeeping, training, and how a library caches or parallelises.
@@ -41,6 +43,10 @@ class ConfigReader:
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def assume(self, defaults: Mapping[str, Any]) -> None:
+        """What absent and null keys mean from here on."""
+        self._values |= {name: value for name, value in defaults.items() if name not in self}
 
     def take(self, name: str, kind: type[T], default: T | None = None) -> T:
         """The value of a key; absent and null mean the default, without which the key is required.
@@ -120,13 +126,6 @@ class ConfigReader:
         """Raises:
         ValueError: naming the keys that nobody took.
         """
-        if "quantization_config" in self._left:
-            packed = self._values["quantization_config"]
-            method = packed.get("quant_method") if isinstance(packed, dict) else packed
-            raise ValueError(
-                f"{self.path}: quantization_config: got weights packed by {method!r}, expected float32, bfloat16 or "
-                "float16; unpack them with the library that packed them, and import the result"
-            )
         if self._left:
             name = sorted(self._left)[0]
             others = (

@@ -74,11 +74,16 @@ class GptjaxRunner:
         return list(generation.generate(*self._decoding, prompts=[list(tokens)], config=config)[0].tokens)
 
     def encode(self, text: str) -> list[int] | None:
-        return None if self.tokenizer is None else self.tokenizer.encode(text)
+        if self.tokenizer is None:
+            return None
+        if self.tokenizer.kind == "characters":
+            # What it would refuse is left out, as by the tokenizer.json that it is exported as.
+            text = "".join(character for character in text if character.encode() in self.tokenizer.pieces)
+        return self.tokenizer.encode(text)
 
     def hidden(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        model, params = self._decoding
-        return [np.asarray(x[0]) for x in transformer.residuals(model, params, jnp.asarray([tokens], jnp.int32))]
+        row = jnp.asarray([tokens], jnp.int32)
+        return [np.asarray(x[0]) for x in transformer.residuals(self.model, self.params, row)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -87,12 +87,11 @@ class SafetensorsFolder(Mapping[str, Stored]):
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        index = folder / INDEX_FILE
         self._tensors: dict[str, Stored] = {}
-        if index.exists():
-            self._read_index(index)
-        else:
+        if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():  # of both, transformers takes this
             self._tensors = read_header(folder / SINGLE_FILE)
+        else:
+            self._read_index(folder / INDEX_FILE)
 
     def _read_index(self, index: pathlib.Path) -> None:
         weight_map = _json(index, index.read_bytes()).get("weight_map")
@@ -161,7 +160,7 @@ def _stored(path: pathlib.Path, name: str, entry: Any, start: int, num_bytes: in
         raise ValueError(f"{path}: {name}: expected dtype, shape and data_offsets, got {entry!r:.80}") from error
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise ValueError(f"{path}: {name}: expected sizes of 0 or more, got {shape} at {begin}..{end}")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{path}: {name}: dtype {dtype!r} is not supported; expected one of {', '.join(_DTYPES)}")
     size = math.prod(shape) * _DTYPES[dtype].itemsize
     if end - begin != size or start + end > num_bytes:

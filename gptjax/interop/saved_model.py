@@ -4,7 +4,8 @@
     prefill, decode   tokens, positions [B, T], wanted [B, R] and the cache's arrays -> logits [B, R, V] and the cache
 
 T is 1 in `decode`. What the arguments mean is said at `portable.Portable.step`; an empty cache is made from
-`assets.extra/manifest.json`. TensorFlow alone loads and runs it; programs are for CPU, CUDA and TPU.
+`assets.extra/manifest.json`, beside which `run.py` and the tokenizer lie. TensorFlow alone loads and runs it; programs
+are for CPU, CUDA and TPU.
 
 The programs are made of elementary operations (`form="plain"`): TensorFlow 2.21 reads StableHLO 1.13, which lacks the
 composites that JAX 0.10 writes for top-k and for grouped products.
@@ -12,6 +13,7 @@ composites that JAX 0.10 writes for top-k and for grouped products.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +21,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from gptjax.interop.portable import Portable, WeightReader, describe, plan
-from gptjax.interop.stablehlo import MANIFEST, PLATFORMS, without_source_paths, write_tokenizer
-from gptjax.json_files import write_json
+from gptjax.interop.portable import Portable, WeightReader, plan, write_companions
+from gptjax.interop.stablehlo import PLATFORMS, without_source_paths
 from gptjax.progress import BytesLine
 
 EXTRA_FOLDER = "assets.extra"  # TensorFlow's own name for files that come with a model
@@ -40,7 +41,7 @@ def write(checkpoint: epath.PathLike, folder: pathlib.Path, *, dtype: np.dtype |
       ValueError: if the checkpoint is damaged.
     """
     tf = _tensorflow()
-    portable, meta = plan(checkpoint, form="plain", dtype=dtype)
+    portable = plan(checkpoint, form="plain", dtype=dtype)
     module = tf.Module()
     module.weights = _variables(tf, WeightReader(checkpoint, portable.weights), portable)
     with without_source_paths():
@@ -53,10 +54,8 @@ def write(checkpoint: epath.PathLike, folder: pathlib.Path, *, dtype: np.dtype |
         tf.saved_model.save(module, str(folder), signatures=signatures)
     extra = folder / EXTRA_FOLDER
     extra.mkdir(exist_ok=True)
-    manifest = describe(portable, meta, tokenizer=write_tokenizer(checkpoint, extra))
-    for entry in manifest["cache"]:
-        entry["name"] = _argument(entry["name"])
-    write_json(extra / MANIFEST, manifest)
+    named = {_argument(name): entry for name, entry in portable.cache.items()}
+    write_companions(checkpoint, extra, dataclasses.replace(portable, cache=named), format="saved_model")
 
 
 def _variables(tf: Any, reader: WeightReader, portable: Portable) -> list[Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import sentencepiece
+from typing import Any
 
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
@@ -52,7 +51,7 @@ def build(pieces: Pieces) -> Tokenizer:
     Raises:
       ValueError: if SentencePiece refuses it: two pieces alike, no unknown piece, byte pieces missing.
     """
-    proto = _proto_module().ModelProto()
+    proto = parse(b"")
     for text, score, kind in zip(pieces.texts, pieces.scores, pieces.types, strict=True):
         proto.pieces.add(piece=text, score=float(score), type=int(kind))
     unknown = [id for id, kind in enumerate(pieces.types) if kind == PieceType.UNKNOWN]
@@ -86,12 +85,9 @@ def take_apart(tokenizer: Tokenizer) -> Pieces:
     Raises:
       ValueError: if it merges by another rule than byte pairs.
     """
-    proto = _proto_module().ModelProto()
-    proto.ParseFromString(tokenizer.serialized)
+    proto = parse(tokenizer.serialized)
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise ValueError("the tokenizer is a SentencePiece model of another type than BPE, which has no such form")
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.load_from_serialized_proto(tokenizer.serialized)
     return Pieces(
         texts=[piece.piece for piece in proto.pieces],
         scores=[piece.score for piece in proto.pieces],
@@ -105,7 +101,9 @@ def take_apart(tokenizer: Tokenizer) -> Pieces:
     )
 
 
-def _proto_module():
-    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, which little else here does
+def parse(serialized: bytes) -> Any:
+    """The `ModelProto` of a SentencePiece model."""
+    # Not above: it registers its messages for good, and needs protobuf, which little else here does.
+    from sentencepiece import sentencepiece_model_pb2 as messages
 
-    return sentencepiece_model_pb2
+    return messages.ModelProto.FromString(serialized)  # type: ignore[attr-defined]

@@ -4,8 +4,7 @@
     decode.jax_export       the same for T = 1, where latent attention has a shorter form
     *.stablehlo.mlirbc      the same programs for other readers of StableHLO (portable bytecode)
     model.safetensors       the weights, or several files and their index
-    manifest.json           the order of arguments, shapes as functions of batch and cache length, special ids
-    tokenizer.model, run.py
+    manifest.json, run.py   and the tokenizer; see `portable.write_companions`
 
 Each is one program for CPU, CUDA and TPU, whatever B, T, R and the length of the cache.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,16 +22,11 @@ import numpy as np
 from etils import epath
 from jax import export
 
-from gptjax.checkpoint import reading
-from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.interop import run_stablehlo, safetensors, stream
-from gptjax.interop.checkpoint import JOURNAL
+from gptjax.interop import safetensors, stream
 from gptjax.interop.hf import DEFAULT_SHARD_BYTES
-from gptjax.interop.portable import Portable, WeightReader, describe, plan
-from gptjax.json_files import write_json
+from gptjax.interop.portable import Portable, WeightReader, plan, write_companions
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-MANIFEST, RUN_FILE = "manifest.json", "run.py"
 
 
 def write(
@@ -54,18 +47,16 @@ def write(
       ValueError: if the checkpoint is damaged.
     """
     _require_flatbuffers()
-    portable, meta = plan(checkpoint, form="any", dtype=dtype)
+    portable = plan(checkpoint, form="any", dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = describe(portable, meta, tokenizer=write_tokenizer(checkpoint, folder))
-    manifest["programs"] = {}
+    programs = {}
     for name, length in (("prefill", "T"), ("decode", "1")):
         exported = lower(portable, length=length)
         (folder / f"{name}.jax_export").write_bytes(exported.serialize())
         (folder / f"{name}.stablehlo.mlirbc").write_bytes(exported.mlir_module_serialized)
-        manifest["programs"][name] = _describe_program(exported, length)
+        programs[name] = _describe_program(exported, length)
     write_weights(checkpoint, portable, folder, max_shard_bytes=max_shard_bytes, num_threads=num_threads)
-    shutil.copyfile(run_stablehlo.__file__, folder / RUN_FILE)
-    write_json(folder / MANIFEST, manifest)
+    write_companions(checkpoint, folder, portable, format="stablehlo", programs=programs)
 
 
 def lower(portable: Portable, *, length: str) -> export.Exported:
@@ -106,7 +97,7 @@ def write_weights(
     reader = WeightReader(checkpoint, portable.weights)
     sizes = {name: (weight.shape, weight.dtype) for name, weight in portable.weights.items()}
     job = {"dtype": portable.model.dtype, "shard": max_shard_bytes, "checkpoint": reader.checksums}
-    journal = stream.Journal(folder / JOURNAL, job=job)
+    journal = stream.Journal(folder / stream.JOURNAL_FILE, job=job)
     writer = safetensors.SafetensorsWriter(folder, safetensors.plan_shards(sizes, max_shard_bytes=max_shard_bytes))
 
     def convert(task: stream.Tensor) -> int:
@@ -117,15 +108,6 @@ def write_weights(
     stream.run(reader.tasks(), convert, journal, label="export", num_threads=num_threads)
     reader.verify(journal.notes)
     journal.remove()
-
-
-def write_tokenizer(checkpoint: epath.PathLike, folder: pathlib.Path) -> tokenizer_lib.Tokenizer | None:
-    """Copies the checkpoint's tokenizer, and returns it."""
-    content = reading.read_assets(epath.Path(checkpoint)).get(tokenizer_lib.FILE_NAME)
-    if content is None:
-        return None
-    (folder / tokenizer_lib.FILE_NAME).write_bytes(content)
-    return tokenizer_lib.from_bytes(content)
 
 
 def _describe_program(exported: export.Exported, length: str) -> dict[str, Any]:

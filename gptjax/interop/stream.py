@@ -17,6 +17,7 @@ import numpy as np
 from gptjax.data.tokenizer import available_cores
 from gptjax.progress import BytesLine
 
+JOURNAL_FILE = "journal.jsonl"
 # Tensors smaller than the largest may be held together up to this, so that threads have work.
 _MEMORY_BYTES = 512 << 20
 _MAX_THREADS = 8
@@ -45,21 +46,23 @@ class Journal:
     def __init__(self, path: pathlib.Path, *, job: Mapping[str, Any]) -> None:
         self._path, self._lock = path, threading.Lock()
         self.notes: dict[str, Any] = {}
-        if path.exists():
-            lines = path.read_text().splitlines()
-            if lines and json.loads(lines[0]) != job:
-                raise ValueError(
-                    f"{path.parent}: holds a conversion that was interrupted, of another source or with other "
-                    "settings; delete that directory to begin this one"
-                )
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # cut by a kill: the tensor is written again
-                    break
-                self.notes[entry["name"]] = entry["note"]
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines and lines[0] != json.dumps(job):
+            raise ValueError(
+                f"{path.parent}: holds a conversion that was interrupted, of another source or with other settings; "
+                "delete that directory to begin this one"
+            )
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut by a kill: the tensor is written again
+                break
+            self.notes[entry["name"]] = entry["note"]
+        # Without the cut line, and in one move: a kill in here must not cost what was noted.
         text = "".join(json.dumps({"name": name, "note": note}) + "\n" for name, note in self.notes.items())
-        path.write_text(json.dumps(job) + "\n" + text)
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(job) + "\n" + text)
+        new.replace(path)
         self._file = path.open("a")
 
     def add(self, name: str, note: Any) -> None:
@@ -68,9 +71,13 @@ class Journal:
             self._file.write(json.dumps({"name": name, "note": note}) + "\n")
             self._file.flush()
 
+    def close(self) -> None:
+        """When all is done, and the file is for others to remove."""
+        self._file.close()
+
     def remove(self) -> None:
         """When all is done."""
-        self._file.close()
+        self.close()
         self._path.unlink()
 
 
@@ -97,9 +104,9 @@ def run(
     failed = threading.Event()
 
     def one(task: Tensor) -> None:
-        if failed.is_set():
-            return
         with budget.held(2 * task.num_bytes):
+            if failed.is_set():
+                return
             try:
                 note = work(task)
                 if journal is not None:
@@ -111,8 +118,12 @@ def run(
 
     threads = num_threads or min(_MAX_THREADS, available_cores())
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(one, task) for task in left]:
-            future.result()
+        try:
+            for future in [pool.submit(one, task) for task in left]:
+                future.result()
+        except BaseException:  # an interrupt too: the pool would go through all that is left before it lets go
+            failed.set()
+            raise
     line.close()
 
 

@@ -20,7 +20,7 @@ from gptjax import config as config_lib
 from gptjax.checkpoint import arrays
 from gptjax.checkpoint.meta import model_differences
 from gptjax.interop.layout import Layout, Same, Shape
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.reader import MAX_EXPERTS_TOGETHER, ConfigReader
 from gptjax.nn import transformer
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig, MoEConfig
 
@@ -54,8 +54,7 @@ class Family:
       write_config: the keys of their config for one of ours; need not check that the family can express it.
       ignored: patterns of tensors without information of their own (old buffers).
       prefix: of all names but the head's, which files of the model without its head lack.
-      adapt: their tensors as they were found to those that the rows name: what is packed is then unpacked when it is
-        read, and what the model does not compute with is left out.
+      adapt: their tensors without those that the model does not compute with.
     """
 
     name: str
@@ -186,6 +185,10 @@ def family_of(model: ModelConfig, families: Mapping[str, Family], *, name: str |
             continue
         if not lost[family.name]:
             return family
+    if name is not None and lost:
+        raise ValueError(
+            f"family {name!r} is not this model's; it differs in (its -> this model's) {'; '.join(lost[name][:6])}"
+        )
     if not lost:
         reasons = "; ".join(f"{family}: {reason}" for family, reason in refused.items())
         raise ValueError(f"no model family of other frameworks has this architecture: {reasons}")
@@ -212,6 +215,9 @@ def read_config(family: Family, values: Mapping[str, Any], *, path: str) -> Mode
         model = family.read_config(reader)
         reader.finish()
         config_lib.check(model)
+        num_experts = sum(block.mlp.num_experts for block in model.blocks if isinstance(block.mlp, MoEConfig))
+        if num_experts > MAX_EXPERTS_TOGETHER:
+            raise ValueError(f"{num_experts:,} experts in all layers together, expected at most {MAX_EXPERTS_TOGETHER}")
     except ValueError as error:  # our own configs' do not know of the file
         raise error if str(error).startswith(path) else ValueError(f"{path}: {error}") from error
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,11 @@ def with_added(files: Folder, content: Mapping[str, Any]) -> tuple[dict[str, Any
     model, added = content.get("model"), content.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):
-        ids = {entry[0]: id for id, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+        ids = {
+            entry[0]: id
+            for id, entry in enumerate(vocabulary)
+            if isinstance(entry, list) and entry and isinstance(entry[0], str)
+        }
     else:
         ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     if not isinstance(added, list) or not all(isinstance(each, dict) and "content" in each for each in added):
@@ -158,7 +163,11 @@ def with_added(files: Folder, content: Mapping[str, Any]) -> tuple[dict[str, Any
 def _declared(declared: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The entries of `added_tokens_decoder`, by id."""
     for id, entry in sorted(declared.items(), key=lambda item: (len(item[0]), item[0])):
-        if not id.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        if (
+            not re.fullmatch("[0-9]{1,9}", id)
+            or not isinstance(entry, dict)
+            or not isinstance(entry.get("content"), str)
+        ):
             raise ValueError(f"{CONFIG_FILE}: added_tokens_decoder[{id!r}]: expected an id with a token's `content`")
         flags = {name: entry.get(name) is True for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         yield entry["content"], {"id": int(id), "content": entry["content"], **flags}

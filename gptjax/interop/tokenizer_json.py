@@ -18,12 +18,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import sentencepiece
+
 from gptjax.data import pieces as pieces_lib
 from gptjax.data.pieces import SPACE
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.interop import sentencepiece_model
+from gptjax.interop.sentencepiece_model import PieceType
 
 _UNIGRAM, _BPE = 1, 2
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# Their parts are gone through in pairs; trained ones have 16 characters at most.
+_MAX_PIECE = 1 << 10
 _BYTES_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
 
 
@@ -52,6 +57,20 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: list[Any], *, add_prefix_
     """The content for GPT-2's `vocab.json` and `merges.txt`."""
     level = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
     return _content(_bpe(vocabulary, merges), pre_tokenizer=level, decoder=level)
+
+
+def with_first_space_alone(content: dict[str, Any]) -> dict[str, Any]:
+    """The same, but a space is put before the text alone, and not behind each special token in it (`legacy=False`)."""
+    *others, prefix = content["normalizer"]["normalizers"]
+    assert prefix["content"] == " ", "the prefix is put last"
+    space = {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False}
+    isolate = content["pre_tokenizer"]
+    steps = [space] if isolate is None else [space, isolate]
+    return {
+        **content,
+        "normalizer": {"type": "Sequence", "normalizers": others},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+    }
 
 
 def start_template(id: int, text: str) -> dict[str, Any]:
@@ -118,12 +137,21 @@ def _characters(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _sentencepiece(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, str]]:
     proto = _proto(tokenizer.serialized)
-    texts = [p.piece if p.type in (_UNKNOWN, _CONTROL, _BYTE) else p.piece.replace(SPACE, " ") for p in proto.pieces]
+    texts = [
+        p.piece if p.type in (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE) else p.piece.replace(SPACE, " ")
+        for p in proto.pieces
+    ]
     if len(set(texts)) < len(texts):
         raise ValueError("tokenizer: two pieces differ only in how a space is written; it cannot be expressed")
     falls_back = proto.trainer_spec.byte_fallback
-    user_defined = [text for piece, text in zip(proto.pieces, texts, strict=True) if piece.type == _USER_DEFINED]
-    added = [special(id, texts[id]) for id, piece in enumerate(proto.pieces) if piece.type in (_UNKNOWN, _CONTROL)]
+    user_defined = [
+        text for piece, text in zip(proto.pieces, texts, strict=True) if piece.type == PieceType.USER_DEFINED
+    ]
+    added = [
+        special(id, texts[id])
+        for id, piece in enumerate(proto.pieces)
+        if piece.type in (PieceType.UNKNOWN, PieceType.CONTROL)
+    ]
     decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}] if falls_back else []
     decoders.append({"type": "Fuse"})
     if tokenizer.has_dummy_prefix:
@@ -148,28 +176,52 @@ def _sentencepiece(tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, str]
 
 
 def _proto(serialized: bytes) -> Any:
-    from sentencepiece import sentencepiece_model_pb2 as messages  # not above: it registers its messages for good
-
-    proto = messages.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
+    proto = sentencepiece_model.parse(serialized)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    whole = [piece.piece for piece in proto.pieces if piece.type == PieceType.USER_DEFINED]
+    if any(len(piece.piece) > _MAX_PIECE for piece in proto.pieces):
+        raise ValueError(f"SentencePiece model: it has a piece of more than {_MAX_PIECE:,} characters")
     for wrong, name in (
         (trainer.model_type not in (_UNIGRAM, _BPE), "model_type is neither unigram nor bpe"),
         (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix is set"),
         (not normalizer.escape_whitespaces, "escape_whitespaces is not set"),
-        (any(piece.type == _UNUSED for piece in proto.pieces), "it has unused pieces"),
+        (any(piece.type == PieceType.UNUSED for piece in proto.pieces), "it has unused pieces"),
+        (any(" " in text for text in whole), "a user-defined piece has a space, and so is never found"),
+        (trainer.model_type == _UNIGRAM and _overlap(whole), "user-defined pieces of a unigram model can overlap"),
+        (whole != _normalized(proto, whole), "user-defined pieces are kept from its normalisation"),
     ):
         if wrong:
             raise ValueError(f"SentencePiece model: {name}, which a tokenizer.json cannot express")
     return proto
 
 
+def _overlap(texts: list[str]) -> bool:
+    """Whether one is in another, or begins as one ends: a text can then be cut into them in two ways."""
+    starts = {text[:end] for text in texts for end in range(1, len(text) + 1)}
+    joined = "\0".join(texts)
+    return any(joined.count(text) > 1 for text in texts) or any(
+        text[at:] in starts for text in texts for at in range(1, len(text))
+    )
+
+
+def _normalized(proto: Any, texts: list[str]) -> list[str]:
+    """What the normaliser makes of texts of which it does not know that they are pieces."""
+    normalizer = sentencepiece.SentencePieceNormalizer(
+        model_proto=proto.SerializeToString(),
+        add_dummy_prefix=False,
+        escape_whitespaces=True,
+        remove_extra_whitespaces=False,
+    )
+    return [normalizer.Normalize(text) for text in texts]
+
+
 def _model(proto: Any, texts: list[str], *, ignore_merges: bool) -> dict[str, Any]:
     falls_back = proto.trainer_spec.byte_fallback
     if proto.trainer_spec.model_type == _UNIGRAM:
         scored = [[text, piece.score] for text, piece in zip(texts, proto.pieces, strict=True)]
-        unk_id = next(id for id, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
+        unk_id = next(id for id, piece in enumerate(proto.pieces) if piece.type == PieceType.UNKNOWN)
         return {"type": "Unigram", "unk_id": unk_id, "vocab": scored, "byte_fallback": falls_back}
-    unk = next(text for text, piece in zip(texts, proto.pieces, strict=True) if piece.type == _UNKNOWN)
+    unk = next(text for text, piece in zip(texts, proto.pieces, strict=True) if piece.type == PieceType.UNKNOWN)
     return _bpe(
         {text: id for id, text in enumerate(texts)},
         [[left, right] for *_, left, right in sorted(_merges(proto, texts))],
@@ -182,7 +234,7 @@ def _model(proto: Any, texts: list[str], *, ignore_merges: bool) -> dict[str, An
 
 def _merges(proto: Any, texts: list[str]) -> Iterator[tuple[float, int, int, str, str]]:
     """Every two pieces that make a third, which SentencePiece joins by the score of the third, highest first."""
-    normal = {text: id for id, text in enumerate(texts) if proto.pieces[id].type == _NORMAL}
+    normal = {text: id for id, text in enumerate(texts) if proto.pieces[id].type == PieceType.NORMAL}
     for text, id in normal.items():
         for at in range(1, len(text)):
             if text[:at] in normal and text[at:] in normal:

@@ -56,9 +56,15 @@ def read(folder: pathlib.Path) -> Tokenizer | None:
 
 
 def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Writes what `AutoTokenizer.from_pretrained` loads, with the same ids, and special ids into the model's configs.
+    """Writes what `AutoTokenizer.from_pretrained` loads, and special ids into the model's configs."""
+    write_files(tokenizer, folder)
+    tokenizer_folder.write_ids(folder, special_ids(tokenizer))
 
-    A SentencePiece model that no `tokenizer.json` expresses is written as it is, and a warning says so.
+
+def write_files(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Writes tokenizer.json and what belongs to it, with the same ids; tokenizer.model too if it is SentencePiece's.
+
+    A SentencePiece model that no tokenizer.json expresses is written alone, and a warning says so.
     """
     if tokenizer.kind == "huggingface":
         description = huggingface.description_of(tokenizer)
@@ -73,7 +79,6 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
             content, names = tokenizer_json.of(tokenizer)
         except ValueError as error:
             logging.warning("%s: only tokenizer.model is written: %s; ids may differ in transformers", folder, error)
-            tokenizer_folder.write_ids(folder, special_ids(tokenizer))
             return
         # Ours takes their texts for text.
         settings = {"clean_up_tokenization_spaces": False, "split_special_tokens": True}
@@ -83,7 +88,6 @@ def write(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
         settings={"tokenizer_class": _CLASS, **settings, **names},
         chat_template=tokenizer.chat_template,
     )
-    tokenizer_folder.write_ids(folder, special_ids(tokenizer))
 
 
 def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -187,12 +191,15 @@ def _from_sentencepiece(files: Folder) -> Tokenizer:
         files.chat_template is None
         and files.eos_ids in ([], own_eos)
         and files.config.get("add_bos_token", found.has_start) == found.has_start
+        and files.config.get("legacy") is not False
         and all(names.get(name) == text for name, text in files.special_tokens.items())
     )
     if says_no_more:
         return found
     if files.config.get("add_bos_token") is False:
         content["post_processor"] = None
+    if files.config.get("legacy") is False and found.has_dummy_prefix:
+        content = tokenizer_json.with_first_space_alone(content)
     return _make(dataclasses.replace(files, special_tokens={**names, **files.special_tokens}), content)
 
 

@@ -79,6 +79,8 @@ class RopeConfig:
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        if not self.theta > 0.0:
+            raise ValueError(f"rope theta={self.theta}: expected above 0")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"rope fraction={self.fraction}: expected above 0 and at most 1")
 

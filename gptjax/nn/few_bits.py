@@ -60,7 +60,7 @@ def operands(x_MD: Array, kernel: QuantizedArray | RoundedKernel) -> tuple[Array
 
 
 def _multiplies(kernel: QuantizedArray) -> bool:
-    """Whether a product of these codes as they are is the faster one. XLA:CPU's is several times slower than floats'."""
+    """Whether codes are multiplied as they are: XLA:CPU does that several times slower than floats."""
     same = _DTYPES.get(kernel.activations) == kernel.planes[0].dtype
     return same and kernel.format.group_size is None and platform() in ("gpu", "cuda", "tpu")
 

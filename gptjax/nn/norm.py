@@ -32,6 +32,7 @@ class Norm(nn.Module):
         if cfg.kind == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.eps)
+        scale = scale.astype(jnp.float32)  # one more than a scale of 16 bits has no place in them
         y = y * (1.0 + scale if cfg.zero_centered else scale)
         if cfg.bias:
             y = y + self.param("bias", declare(shape, axes))

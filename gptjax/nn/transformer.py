@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from flax import linen as nn
 
 from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
-from gptjax.nn.block import scan_group, sum_aux
+from gptjax.nn.block import Block, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
-from gptjax.nn.config import AttentionConfig, ModelConfig, RopeConfig
+from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
 from gptjax.nn.linear import compute_dtype, einsum, stored
 from gptjax.nn.norm import Norm
@@ -80,16 +81,24 @@ def forward(
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
 
 
+def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Params]]:
+    """Each layer's block with its own parameters, in order of execution."""
+    for i, group in enumerate(cfg.groups):
+        for repeat in range(group.repeats):
+            weights = params[f"group_{i}"]
+            own = weights if group.shared else jax.tree.map(operator.itemgetter(repeat), weights)
+            for j, block in enumerate(group.pattern):
+                yield block, own[f"block_{j}"]
+
+
 def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]:
-    """The residual stream `[B, T, D]` before the first group of layers and after each group, before the final norm."""
+    """The residual stream `[B, T, D]` before the first layer and after each, before the final norm."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     ctx = _context(cfg, positions_BT, None)
     params = storage.as_trained(cfg.quant, params, _layouts(cfg))
-    x_BTD = Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)
-    found = [x_BTD]
-    for i, group in enumerate(cfg.groups):
-        layers = scan_group(group, out_scale=1.0, remat="none", name=None)
-        x_BTD, _ = layers.apply({"params": params[f"group_{i}"]}, x_BTD, None, ctx)  # type: ignore[misc]
+    found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
+    for block, weights in layers(cfg, params):
+        x_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, found[-1], ctx, None)  # type: ignore[misc]
         found.append(x_BTD)
     return found  # type: ignore[return-value]
 

@@ -162,7 +162,8 @@ def test_lone_surrogates_are_refused(content):
         ({"decoder": {"type": "WordPiece"}}, "decoder: 'WordPiece' cannot be expressed"),
         ({"decoder": None}, "decoder: missing"),
         ({"decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 0}}, "decoder: 'Strip' cannot be expressed"),
-        ({"pre_tokenizer": {"type": "New"}}, "tokenizer.json: the tokenizers package cannot run it"),
+        ({"pre_tokenizer": {"type": "New"}}, 'cannot run it: .* it could without pre_tokenizer: {"type": "New"}'),
+        ({"decoder": {"type": "Sequence", "decoders": 7}}, "decoder: missing"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(change, message):
@@ -243,6 +244,26 @@ def test_whatever_a_file_holds_it_is_read_or_refused():
             except ValueError:
                 refused += 1
     assert refused > 300
+
+
+def test_ids_that_the_package_gives_otherwise_are_refused():
+    content = small()
+    content["added_tokens"][0]["id"] = 2
+    with pytest.raises(ValueError, match="added_tokens: '<s>': got id 2, expected 4"):
+        described(content)
+    content = small()
+    content["model"]["vocab"]["b"] = 0
+    with pytest.raises(ValueError, match="two pieces have the same id"):
+        described(content)
+
+
+@pytest.mark.parametrize("depth", [400, 900])
+def test_deep_nesting_of_a_part_is_refused(depth):
+    content = small()
+    for _ in range(depth):
+        content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"]]}
+    with pytest.raises(ValueError, match="recursion"):
+        described(content)
 
 
 def test_deep_nesting_is_refused():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,6 +80,16 @@ def require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
+
+
+def run_documented(title: str, folder: pathlib.Path) -> str:
+    """What the program that docs/programs.md prints under a title writes, run in a folder by a bare Python."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "programs.md").read_text()
+    program = text.split(f"## {title}")[1].split("```python\n")[1].split("```")[0]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def check_logits_and_greedy(

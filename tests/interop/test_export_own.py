@@ -8,7 +8,8 @@ import pytest
 
 from gptjax.checkpoint import meta, reading
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.interop import hf
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.interop import exporting, hf
 from gptjax.interop.families import FAMILIES
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.table import family_of, group_layers
@@ -79,7 +80,7 @@ def test_what_no_family_expresses_is_said(spec, message):
 
 
 def test_nor_is_another_family_taken_than_the_one_that_was_asked_for():
-    with pytest.raises(ValueError, match="nearest is qwen3, where .*qk_norm"):
+    with pytest.raises(ValueError, match="family 'qwen3' is not this model's; it differs in .*qk_norm"):
         family_of(TINY.build(), FAMILIES, name="qwen3")
     with pytest.raises(ValueError, match="family 'bert': unknown; expected one of .*gemma3_text"):
         family_of(TINY.build(), FAMILIES, name="bert")
@@ -98,3 +99,15 @@ def test_layers_are_grouped_by_the_shortest_pattern():
     mixed = [a if bit else b for bit in np.random.default_rng(0).integers(0, 2, 200)]
     groups = group_layers(mixed)
     assert [block for group in groups for block in group.pattern * group.repeats] == mixed
+
+
+def test_a_model_of_characters_is_compared_on_those_that_it_knows(tmp_path):
+    tokenizer = tokenizer_lib.characters("abcdefgh \nT")
+    model = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size).build()
+    with CheckpointStore(tmp_path / "run") as store:
+        assets = {tokenizer_lib.FILE_NAME: tokenizer.to_bytes()}
+        store.save(
+            3, meta=meta.make(model, tokenizer=tokenizer.fingerprint), params=random_params(model), assets=assets
+        )
+    found = exporting.export(tmp_path / "run", tmp_path / "hf", format="hf")
+    assert found.accepted and found.tokenizer.num_strings > 10 and not found.tokenizer.different

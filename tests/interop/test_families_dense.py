@@ -125,6 +125,8 @@ def minimal(name):
     """The keys that have no default here."""
     if name == "gpt2":
         return dict(n_embd=32, n_layer=12, n_head=4, vocab_size=61)
+    if name == "gemma3_text":
+        return {}
     return dict(
         hidden_size=32, intermediate_size=40, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=61,
@@ -161,7 +163,7 @@ def test_rotation_in_the_forms_of_before_and_since_transformers_5(scaling, key):
 
 
 def test_a_config_of_gemma_from_before_layer_types_says_every_which_layer_is_global():
-    model = read("gemma3_text", minimal("gemma3_text") | dict(sliding_window_pattern=4, sliding_window=8))
+    model = read("gemma3_text", dict(num_hidden_layers=12, sliding_window_pattern=4, sliding_window=8))
     windows = [block.attention.window for block in model.blocks]
     assert windows == [8, 8, 8, None] * 3
     thetas = {block.attention.window: block.attention.rope.theta for block in model.blocks}
@@ -251,7 +253,7 @@ REFUSED_KEYS = {
     "mistral bias": ("mistral", dict(attention_bias=True), "attention_bias: got True, expected False"),
     "mistral window": ("mistral", dict(sliding_window=-1), "window=-1: expected None"),
     "layer type": ("qwen3", dict(layer_types=["chunked_attention"] * 12), "layer_types: got 'chunked_attention'"),
-    "layer types": ("gemma3_text", dict(layer_types=["full_attention"]), "layer_types: got 1, expected 12 of"),
+    "layer types": ("gemma3_text", dict(layer_types=["full_attention"]), "layer_types: got 1, expected 26 of"),
     "unasked window": ("qwen3", dict(layer_types=["sliding_attention"] * 12), "without use_sliding_window"),
     "gemma both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention: got True"),
     "gemma activation": ("gemma3_text", dict(hidden_activation="gelu"), "hidden_activation: got 'gelu', expected"),
@@ -274,6 +276,12 @@ def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     peers.make(PLAIN[request.param](num_hidden_layers=1)).save_pretrained(path)
     return path
+
+
+def test_a_config_nested_without_end_is_refused(folder, tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match="config.json: is (nested too deeply|not JSON)"):
+        hf.open_source(tmp_path)
 
 
 def changed(folder, tmp_path, change):

@@ -36,9 +36,11 @@ def test_round_trip_in_the_stated_shape(name):
 
 
 def test_neighbouring_pairs_become_halves():
-    theirs = np.array([[0], [1], [2], [3], [10], [11], [12], [13]])  # two heads of two pairs
-    (ours,) = PairedRotation(Linear(), rotated=4).to_ours(theirs, [(1, 2, 4)])
-    assert ours.tolist() == [[[0, 2, 1, 3], [10, 12, 11, 13]]]
+    theirs = np.array([[0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]]).T  # two heads of three pairs
+    (ours,) = PairedRotation(Linear(), rotated=6).to_ours(theirs, [(1, 2, 6)])
+    assert ours.tolist() == [[[0, 2, 4, 1, 3, 5], [10, 12, 14, 11, 13, 15]]]
+    (ours,) = PairedRotation(Same(), rotated=6, offset=1).to_ours(np.arange(8), [(8,)])
+    assert ours.tolist() == [0, 1, 3, 5, 2, 4, 6, 7]
 
 
 def test_gate_and_up_take_turns():

@@ -1,6 +1,5 @@
 """llama2.c's files: the same values as Hugging Face's form of the model, and files that are none."""
 
-import dataclasses
 import pathlib
 import shutil
 import struct
@@ -8,9 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import reading
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.interop import checkpoint, hf, llama2c
+from gptjax.interop import hf, importing, llama2c
 from gptjax.interop.pairs import to_halves, to_pairs
 
 HEADER = (8, 12, 2, 2, 1, 7, 16)  # dim, hidden, layers, heads, kv heads, vocabulary, context
@@ -62,9 +60,9 @@ def version_0(tmp_path: pathlib.Path, *, tied: bool) -> tuple[pathlib.Path, dict
     return file, values
 
 
-def version_1(tmp_path: pathlib.Path, values: dict, *, tied: bool, version: int = 1) -> pathlib.Path:
+def version_1(tmp_path: pathlib.Path, values: dict, *, tied: bool) -> pathlib.Path:
     names = "att_norm ffn_norm norm embed wq wk wv wo w1 w2 w3".split() + ([] if tied else ["head"])
-    start = struct.pack("<Ii7iB", llama2c.MAGIC, version, *HEADER, tied)
+    start = struct.pack("<Ii7iB", llama2c.MAGIC, 1, *HEADER, tied)
     file = tmp_path / "model_v1.bin"
     file.write_bytes(start.ljust(256, b"\0") + bytes_of(values, names))
     return file
@@ -110,35 +108,6 @@ def test_two_tokenizers_of_one_size_are_ambiguous(stories, tmp_path):
     assert llama2c.open_source(tmp_path / "stories260K.bin").tokenizer is None
 
 
-def test_export_is_the_file_that_was_imported(stories, tmp_path):
-    source = llama2c.open_source(stories / "stories260K.bin")
-    checkpoint.write(source, tmp_path / "ckpt")
-    reading.restore_params(tmp_path / "ckpt")
-    llama2c.write(tmp_path / "ckpt", tmp_path / "out.bin")
-    again = llama2c.open_source(tmp_path / "out.bin")
-    a, b = flat(source), flat(again)
-    assert all(np.array_equal(a[name], b[name]) for name in a)
-    wanted, got = (stories / "stories260K.bin").read_bytes(), (tmp_path / "out.bin").read_bytes()
-    tables = 4 * 2 * 512 * 4  # angles of their last bit by another library
-    assert wanted[:-tables] == got[:-tables]
-    last = [np.frombuffer(content[-tables:], np.float32) for content in (wanted, got)]
-    assert np.abs(last[0] - last[1]).max() < 1e-4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "out.bin"]
-
-
-def test_export_refuses_what_llama2c_cannot_run(tmp_path):
-    file, _ = version_0(tmp_path, tied=True)
-    source = llama2c.open_source(file)
-    block = source.model.blocks[0]
-    attention = dataclasses.replace(block.attention, window=4)
-    group = dataclasses.replace(source.model.groups[0], pattern=(dataclasses.replace(block, attention=attention),))
-    model = dataclasses.replace(source.model, groups=(group,))
-    checkpoint.write(dataclasses.replace(source, model=model), tmp_path / "c")
-    with pytest.raises(ValueError, match="llama2.c runs Llamas"):
-        llama2c.write(tmp_path / "c", tmp_path / "out.bin")
-    assert not (tmp_path / "out.bin").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,13 +128,66 @@ def test_damaged_files_are_refused_by_name(tmp_path, change, message):
     assert not llama2c.is_llama2c(file)
 
 
-def test_quantised_files_are_refused(tmp_path):
+def version_2(tmp_path: pathlib.Path, values: dict, *, tied: bool, group_size: int = 4) -> tuple[pathlib.Path, dict]:
+    """The file and its values, as `runq.c` multiplies them out."""
+    start = struct.pack("<Ii7iBi", llama2c.MAGIC, 2, *HEADER, tied, group_size)
+    content = bytes_of(values, ("att_norm", "ffn_norm", "norm"))
+    rounded = dict(values)
+    for name in "embed wq wk wv wo w1 w2 w3".split() + ([] if tied else ["head"]):
+        stack = values[name].reshape(-1, *values[name].shape[-2:])
+        rounded[name] = np.empty_like(stack)
+        for layer, matrix in enumerate(stack):
+            groups = matrix.reshape(-1, group_size)
+            scales = np.abs(groups).max(1) / np.float32(127)
+            integers = np.round(groups / scales[:, None]).astype(np.int8)
+            content += integers.tobytes() + scales.tobytes()
+            rounded[name][layer] = (integers.astype(np.float32) * scales[:, None]).reshape(matrix.shape)
+        rounded[name] = rounded[name].reshape(values[name].shape)
+    file = tmp_path / "model_v2.bin"
+    file.write_bytes(start.ljust(256, b"\0") + content)
+    return file, rounded
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantised_files_hold_what_their_scales_make_of_them(tmp_path, tied):
+    _, values = version_0(tmp_path, tied=tied)
+    file, rounded = version_2(tmp_path, values, tied=tied)
+    a, b = llama2c.open_source(version_1(tmp_path, rounded, tied=tied)), llama2c.open_source(file)
+    assert llama2c.is_llama2c(file) and a.model == b.model
+    x, y = flat(a), flat(b)
+    assert x.keys() == y.keys() and all(np.array_equal(x[name], y[name]) for name in x)
+    assert all(value.dtype == np.float32 == b.tensors[name].dtype for name, value in y.items())
+    assert np.abs(rounded["w1"] - values["w1"]).max() > 0  # they are rounded
+
+
+def test_quantised_files_that_are_damaged_are_refused_by_name(tmp_path):
     _, values = version_0(tmp_path, tied=True)
-    with pytest.raises(ValueError, match="version 2, quantised to int8"):
-        llama2c.open_source(version_1(tmp_path, values, tied=True, version=2))
+    file, _ = version_2(tmp_path, values, tied=True)
+    content = bytearray(file.read_bytes())
+    for group_size in (0, -4, 3, 1 << 30):
+        file.write_bytes(content[:37] + struct.pack("<i", group_size) + content[41:])
+        with pytest.raises(ValueError, match=r"model_v2\.bin: groups of .* expected a divisor of dim 8"):
+            llama2c.open_source(file)
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"model_v2\.bin: .* cut or added to"):
+        llama2c.open_source(file)
+    file.write_bytes(content[:-4] + struct.pack("<f", float("nan")))
+    with pytest.raises(ValueError, match=r"model_v2\.bin: scales from byte .* expected finite"):
+        flat(llama2c.open_source(file))
+    file.write_bytes(content[:4] + struct.pack("<i", 3) + content[8:])
+    with pytest.raises(ValueError, match="version 3 of .* expected 0, 1 or 2"):
+        llama2c.open_source(file)
+
+
+def test_llama_cpp_runs_a_quantised_file_as_we_do(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    _, values = version_0(tmp_path, tied=True)
+    file, _ = version_2(tmp_path, values, tied=True)
+    found = importing.import_model(file, tmp_path / "ckpt")
+    assert found.accepted and "llama.cpp" in found.referees["source"]
 
 
 def test_pairs_and_halves_are_inverse():
     rows = np.arange(24).reshape(12, 2)
     assert np.array_equal(to_pairs(to_halves(rows, num_heads=2), num_heads=2), rows)
-    assert to_halves(np.arange(8), num_heads=2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert to_halves(np.arange(12), num_heads=2).tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]

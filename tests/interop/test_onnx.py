@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from gptjax.interop import onnx as onnx_export
-from gptjax.interop.referees.onnx import OnnxRunner
+from gptjax.interop.referees.programs import ProgramsRunner
 from gptjax.interop.runner import GptjaxRunner
-from tests.interop.portable_models import MODELS, check_logits_and_greedy, import_stories, require, write_checkpoint
+from tests.interop.portable_models import (
+    MODELS,
+    check_logits_and_greedy,
+    import_stories,
+    require,
+    run_documented,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +29,8 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
 
     checkpoint = write_checkpoint(name, tmp_path / "run")
     onnx_export.write(checkpoint, tmp_path / "out")
-    with OnnxRunner(tmp_path / "out") as runner:
-        assert runner.name.startswith("onnxruntime")
+    with ProgramsRunner(tmp_path / "out", "onnx") as runner:
+        assert "onnxruntime" in runner.name
         print(f"{name}: {check_logits_and_greedy(checkpoint, runner):.2g}")
     operations = {
         node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node
@@ -67,9 +74,10 @@ def test_several_rows_and_lengths_in_one_graph(tmp_path):
 def test_real_model(tmp_path, shared_data):
     checkpoint = import_stories(shared_data, tmp_path / "checkpoint")
     onnx_export.write(checkpoint, tmp_path / "out")
-    with OnnxRunner(tmp_path / "out") as runner:
+    with ProgramsRunner(tmp_path / "out", "onnx") as runner:
         print(f"stories260K: {check_logits_and_greedy(checkpoint, runner):.2g}")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert sizes["model.safetensors"] > 1_000_000
     assert max(sizes["model.onnx"], sizes["step.onnx"]) < 400_000
-    assert (tmp_path / "out" / "tokenizer.model").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert run_documented("ONNX, by hand", tmp_path / "out").startswith("Once upon a time, there was a little girl")

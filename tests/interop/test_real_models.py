@@ -80,7 +80,7 @@ def computed(shared_data, stages, tmp_path_factory):
     path = tmp_path_factory.mktemp("sort") / "checkpoint"
     checkpoint.write(hf.open_source(shared_data / "models" / "gpt-nano-sort" / "hf"), path)
     runner = GptjaxRunner.load(path)
-    cfg, params = for_decoding(runner.model, runner.params)  # a group for each layer, so that each one's output is seen
+    cfg, params = for_decoding(runner.model, runner.params)
     tokens_BT = stages["idx"].astype(np.int32)
     found = dict(zip(("x", "block0", "block1", "block2"), transformer.residuals(cfg, params, tokens_BT), strict=True))
     found["ln_f"] = transformer.forward(cfg, params, tokens_BT).hidden_BTD

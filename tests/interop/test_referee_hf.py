@@ -10,7 +10,7 @@ from gptjax.interop import certificate, checkpoint, hf
 from gptjax.interop.runner import GptjaxRunner
 from tests.interop import peers
 from tests.interop.peers import TransformersRunner
-from tests.interop.test_families_dense import PLAIN, changed, gpt2, llama
+from tests.interop.test_families_dense import PLAIN, changed, gemma3, gpt2, llama
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -22,13 +22,17 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", PLAIN)
+LAYERED = PLAIN | {"layers in a repeated pattern": lambda: gemma3(num_hidden_layers=7)}
+
+
+@pytest.mark.parametrize("name", LAYERED)
 def test_every_layer_is_seen_before_the_final_norm(tmp_path, name):
-    peers.make(PLAIN[name]()).save_pretrained(tmp_path / "source")
+    config = LAYERED[name]()
+    peers.make(config).save_pretrained(tmp_path / "source")
     checkpoint.write(hf.open_source(tmp_path / "source"), tmp_path / "checkpoint")
     theirs, ours = TransformersRunner(tmp_path / "source"), GptjaxRunner.load(tmp_path / "checkpoint")
     wanted, got = theirs.hidden(TOKENS), ours.hidden(TOKENS)
-    assert len(wanted) == len(got) == 4
+    assert len(wanted) == len(got) == config.num_hidden_layers + 1
     for layer, (a, b) in enumerate(zip(wanted, got, strict=True)):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"before layer {layer}")
 

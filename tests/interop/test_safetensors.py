@@ -76,6 +76,7 @@ HOSTILE = {
     "size and range disagree": (lambda path: raw(path, {"w": F32 | {"shape": [3]}}, b"0" * 8), "do not hold"),
     "negative": (lambda path: raw(path, {"w": F32 | {"shape": [-2]}}, b"0" * 8), "0 or more"),
     "huge": (lambda path: raw(path, {"w": F32 | {"shape": [1 << 40, 1 << 40]}}, b"0" * 8), "do not hold"),
+    "dtype of no name": (lambda path: raw(path, {"w": F32 | {"dtype": ["F32"]}}, b"0" * 8), "F32"),
     "unknown dtype": (lambda path: raw(path, {"w": F32 | {"dtype": "Q7"}}, b"0" * 8), "Q7"),
     "no entry": (lambda path: raw(path, {"w": 3}, b""), "w"),
     "pickle": (lambda path: path.write_bytes(b"\x80\x02}q\x00." * 10), "not a safetensors file"),
@@ -90,6 +91,12 @@ def test_a_hostile_file_is_refused_by_name(tmp_path, case):
     with pytest.raises(ValueError, match=message) as error:
         safetensors.SafetensorsFolder(tmp_path)
     assert str(path) in str(error.value)
+
+
+def test_of_one_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path):
+    raw(tmp_path / "model.safetensors", {"w": F32}, b"0" * 8)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "other.safetensors"}}))
+    assert list(safetensors.SafetensorsFolder(tmp_path)) == ["w"]
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", ".."])

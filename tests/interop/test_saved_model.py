@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from gptjax.interop import saved_model
-from gptjax.interop.referees.saved_model import SavedModelRunner
-from tests.interop.portable_models import MODELS, check_logits_and_greedy, import_stories, require, write_checkpoint
+from gptjax.interop.referees.programs import ProgramsRunner
+from tests.interop.portable_models import (
+    MODELS,
+    check_logits_and_greedy,
+    import_stories,
+    require,
+    run_documented,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -22,19 +29,22 @@ def _needs_tensorflow():
 def test_tensorflow_computes_the_same(name, tmp_path):
     checkpoint = write_checkpoint(name, tmp_path / "run")
     saved_model.write(checkpoint, tmp_path / "out")
-    with SavedModelRunner(tmp_path / "out") as runner:
-        assert runner.name.startswith("tensorflow")
+    with ProgramsRunner(tmp_path / "out", "saved_model") as runner:
+        assert "tensorflow" in runner.name
         print(f"{name}: {check_logits_and_greedy(checkpoint, runner):.2g}")
 
 
 def test_real_model(tmp_path, shared_data):
     checkpoint = import_stories(shared_data, tmp_path / "checkpoint")
     saved_model.write(checkpoint, tmp_path / "out")
-    with SavedModelRunner(tmp_path / "out") as runner:
+    with ProgramsRunner(tmp_path / "out", "saved_model") as runner:
         print(f"stories260K: {check_logits_and_greedy(checkpoint, runner):.2g}")
     extra = tmp_path / "out" / "assets.extra"
     assert json.loads((extra / "manifest.json").read_text())["special_ids"]["bos"] == 1
-    assert (extra / "tokenizer.model").is_file()
+    assert (extra / "tokenizer.json").is_file()
+    assert run_documented("SavedModel, by hand", tmp_path / "out").startswith(
+        "Once upon a time, there was a little girl"
+    )
 
 
 def test_weights_are_variables(tmp_path):

@@ -13,16 +13,18 @@ import pytest
 from jax import export
 
 from gptjax.interop import stablehlo
-from gptjax.interop.checkpoint import JOURNAL
+from gptjax.interop.certificate import STRINGS
 from gptjax.interop.referees.process import BareProcess
-from gptjax.interop.referees.stablehlo import StableHloRunner
-from gptjax.interop.run_stablehlo import Model, read_safetensors
+from gptjax.interop.referees.programs import ProgramsRunner
+from gptjax.interop.run_exported import Model, read_safetensors
 from gptjax.interop.runner import GptjaxRunner
+from gptjax.interop.stream import JOURNAL_FILE
 from tests.interop.portable_models import (
     MODELS,
     check_logits_and_greedy,
     import_stories,
     require,
+    run_documented,
     write_checkpoint,
 )
 
@@ -36,7 +38,7 @@ def _needs_flatbuffers():
 def test_bare_process_computes_the_same(name, tmp_path):
     checkpoint = write_checkpoint(name, tmp_path / "run")
     stablehlo.write(checkpoint, tmp_path / "out")
-    with StableHloRunner(tmp_path / "out") as runner:
+    with ProgramsRunner(tmp_path / "out", "stablehlo") as runner:
         assert "bare process" in runner.name
         print(f"{name}: {check_logits_and_greedy(checkpoint, runner):.2g}")
 
@@ -82,7 +84,7 @@ def test_program_is_for_all_platforms_and_holds_no_weights(tmp_path):
         assert str(tmp_path.parent).encode() not in content and b"gptjax/" not in content
         embedding = jax.tree.leaves(GptjaxRunner.load(checkpoint).params["embed"])[0]
         assert np.asarray(embedding).tobytes()[:64] not in content
-    assert not (tmp_path / "out" / JOURNAL).exists()
+    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
 
 
 def test_the_bare_process_cannot_import_gptjax(tmp_path):
@@ -110,7 +112,7 @@ def test_tokens_that_the_model_cannot_read_are_refused(tmp_path):
     model = Model(tmp_path / "out")
     with pytest.raises(ValueError, match="ids from 0 to 63"):
         model.generate([64], 1)
-    with pytest.raises(ValueError, match=r"5 \+ 124 tokens: the model has learned 128 positions"):
+    with pytest.raises(ValueError, match=r"5 \+ 124 tokens: the model's context is 128"):
         model.generate([1, 2, 3, 4, 5], 124)
 
 
@@ -121,7 +123,7 @@ def test_bfloat16_artefact(tmp_path):
     assert manifest["dtype"] == "bfloat16"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     tokens = [5, 3, 1, 2]
-    with StableHloRunner(tmp_path / "out") as runner:
+    with ProgramsRunner(tmp_path / "out", "stablehlo") as runner:
         got, expected = runner.logits(tokens), GptjaxRunner.load(checkpoint).logits(tokens)
     assert 0 < np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
@@ -130,14 +132,20 @@ def test_real_model_by_its_own_command(tmp_path, shared_data):
     checkpoint = import_stories(shared_data, tmp_path / "checkpoint")
     out = tmp_path / "out"
     stablehlo.write(checkpoint, out)
-    with StableHloRunner(out) as runner:
+    with ProgramsRunner(out, "stablehlo") as runner:
         print(f"stories260K: {check_logits_and_greedy(checkpoint, runner):.2g}")
-    expected = GptjaxRunner.load(checkpoint).greedy([1, 403], 8)
-    command = [sys.executable, str(out / "run.py"), "1", "403", "--num=8"]
+        ours = GptjaxRunner.load(checkpoint)
+        assert all(runner.encode(text) == ours.encode(text) for text in STRINGS)
+    expected = ours.greedy([1, 403], 8)
+    command = [sys.executable, str(out / "run.py"), "--ids", "1", "403", "--num=8"]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert [int(token) for token in printed.split()] == expected
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["special_ids"]["bos"] == 1 and (out / "tokenizer.model").is_file()
+    assert manifest["special_ids"] == {"bos": 1, "pad": None, "unk": 0, "eos": [2]}
+    command = [sys.executable, str(out / "run.py"), "Once upon a time", "--num=8"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed == "Once upon a time, there was a little girl\n"
+    assert run_documented("StableHLO, by hand", out).startswith("Once upon a time, there was a little girl")
 
 
 def test_damaged_checkpoint_is_refused(tmp_path):

@@ -1,4 +1,3 @@
-import io
 import json
 import logging
 import pathlib
@@ -272,40 +271,6 @@ def test_tokens_that_only_the_config_adds(folder):
     assert ours.encode("a<new>b")[1] == 6400 and ours.encode("a<new>b") == auto(path).encode("a<new>b")
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-def test_foreign_sentencepiece_models_with_normalisation(model_type, shared_data, tmp_path):
-    """NFKC, user-defined pieces, no byte fallback: what `tokenizer_json` lists aside, ids are the same."""
-    text = (shared_data / "text" / "tinyshakespeare.txt").read_text().split("\n")[:4000]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=600,
-        user_defined_symbols=["<turn>", "ROMEO"],
-        minloglevel=2,
-    )
-    ours = tokenizer_lib.from_bytes(model.getvalue())
-    assert ours.has_dummy_prefix
-    tokenizers.write(ours, tmp_path)
-    texts = [*text, "ﬁ ① ｆｕｌｌ", "a<turn>ROMEO b", "  two  spaces  ", "天 unknown 天天", "a\u2581b"]
-    assert not different(ours, auto(tmp_path), texts)
-    assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
-
-
-def test_a_sentencepiece_model_that_cannot_be_expressed_is_written_as_it_is(trained, tmp_path, caplog):
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(trained.serialized)
-    proto.pieces[-1].type = proto.pieces[-1].UNUSED
-    ours = tokenizer_lib.from_bytes(proto.SerializeToString())
-    with caplog.at_level(logging.WARNING):
-        tokenizers.write(ours, tmp_path)
-    assert "only tokenizer.model is written: SentencePiece model: it has unused pieces" in caplog.text
-    assert sorted(path.name for path in tokenizers.files_of(tmp_path)) == ["generation_config.json", "tokenizer.model"]
-    assert tokenizers.read(tmp_path).fingerprint == ours.fingerprint
-
-
 def test_a_model_file_of_another_library_is_passed_over(folder, caplog):
     path = folder(MINIMIND)
     (path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
@@ -348,13 +313,24 @@ def test_no_tokenizer_is_none(tmp_path):
         ("tokenizer.json", "[]", "tokenizer.json: expected a JSON object, got list"),
         ("tokenizer.json", '{"added_tokens": 7}', "added_tokens: expected a list of objects"),
         ("tokenizer.json", '{"model": {"type": "WordLevel", "vocab": {"a": 0}}}', "model.type: got 'WordLevel'"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "Unigram", "vocab": [[[0], 1]]}, "decoder": {"type": "Fuse"}}',
+            "expected a string",
+        ),
         ("tokenizer.model", "garbage", "not a tokenizer"),
         ("tokenizer_config.json", "\ufeff", "tokenizer_config.json: is not JSON"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', r"added_tokens_decoder\['x'\]"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"%s": {"content": "x"}}}' % ("9" * 5000),
+            "expected an id",
+        ),
         ("tokenizer_config.json", '{"tokenizer_class": "Qwen2Tokenizer"}', "tokenizer_class: got 'Qwen2Tokenizer'"),
         ("generation_config.json", '{"eos_token_id": ["2"]}', "generation_config.json: eos_token_id: got"),
         ("generation_config.json", '{"eos_token_id": [99]}', "eos_token_id: got 99"),
         ("vocab.json", '{"a": "b"}', "vocab.json: expected an id for each piece"),
+        ("vocab.json", '{"a": 1, "b": 1}', "two pieces have the same id"),
         ("vocab.json", '{"a": 4194304}', "expected 1 to 4,194,304, with ids below that"),
         ("merges.txt", "a b c", "the tokenizers package cannot run it"),
         ("merges.txt", "\udcff", "merges.txt: is not UTF-8"),
@@ -381,3 +357,13 @@ def test_only_what_can_be_expressed_is_exported(trained):
     with pytest.raises(ValueError, match="it is a tokenizer.json already"):
         content, names = tokenizer_json.of(trained)
         tokenizer_json.of(huggingface.make(huggingface.Description(tokenizer=content)))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_legacy_says_whether_a_space_is_put_behind_special_tokens(folder, legacy):
+    values = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x", "legacy": legacy}
+    path = folder(MISTRAL, tokenizer_config=values, config={"model_type": "mistral"})
+    ours, peer = tokenizers.read(path), auto(path)
+    texts = [text for text in [*TEXTS, "a<s>b</s> c", "<s> hi", "  <s>\nhi  </s>"] if "\u2581" not in text]
+    assert not different(ours, peer, texts)
+    assert ours.encode("<s>b")[1] == ours.pieces.index(b"b" if not legacy else b" b", 259)

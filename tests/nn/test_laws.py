@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gptjax.nn import block, cache, linear, transformer
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import ModelConfig, NormConfig
+from gptjax.nn.norm import Norm
 from tests.nn.zoo import TINY, ZOO, build
 
 LENGTH = 12
@@ -195,3 +196,21 @@ def test_parameters_are_float32_and_activations_bfloat16_but_on_cpu():
     assert {leaf.dtype for leaf in jax.tree.leaves(transformer.abstract_params(cfg))} == {jnp.dtype("float32")}
     kinds = {platform: linear.compute_dtype(ModelConfig.dtype, platform) for platform in ("cpu", "gpu", "tpu")}
     assert kinds == {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_residual_stream_is_there_after_every_layer(name):
+    cfg = build(name)
+    params = params_of(cfg)
+    found = jax.jit(transformer.residuals, static_argnums=0)(cfg, params, TOKENS_BT)
+    assert len(found) == cfg.num_layers + 1
+    norm = Norm(cfg.final_norm).apply({"params": params["final_norm"]}, found[-1])
+    assert np.abs(norm - transformer.forward(cfg, params, TOKENS_BT).hidden_BTD).max() < 1e-4
+
+
+def test_a_zero_centered_norm_adds_its_one_in_float32():
+    scale = jnp.asarray([0.0007, -0.3, 0.123], jnp.float16)
+    x = jnp.asarray([[1.0, -2.0, 0.5]])
+    cfg = NormConfig(zero_centered=True)
+    wanted = Norm(cfg).apply({"params": {"scale": scale.astype(jnp.float32)}}, x)
+    assert np.array_equal(Norm(cfg).apply({"params": {"scale": scale}}, x), wanted)

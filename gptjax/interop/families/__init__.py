@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gptjax.interop.families import deepseek_v3, gemma3, gpt2, gpt_oss, llama, mixtral, qwen3, qwen3_moe
+from gptjax.interop.multimodal import Multimodal
 from gptjax.interop.table import Family
 
 _ALL = (
@@ -18,3 +19,5 @@ _ALL = (
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 """By Hugging Face's `model_type`; the first that expresses a model is the one it is exported as."""
+MULTIMODAL: dict[str, Multimodal] = {gemma3.GEMMA3_MULTIMODAL.name: gemma3.GEMMA3_MULTIMODAL}
+"""By `model_type`: folders with the text model of a family in them. They are read, and not written."""

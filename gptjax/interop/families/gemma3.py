@@ -11,6 +11,7 @@ from typing import Any
 from gptjax.interop.families import llama, rotary
 from gptjax.interop.families.llama import ATTENTION_ROWS, IGNORED, MLP_ROWS, OUTER_ROWS
 from gptjax.interop.families.qwen3 import GLOBAL, LOCAL, QK_NORM_ROWS, read_layer_types, write_layer_types
+from gptjax.interop.multimodal import Multimodal
 from gptjax.interop.reader import MAX_LAYERS, ConfigReader
 from gptjax.interop.table import Family, Row
 from gptjax.nn.config import AttentionConfig, BlockConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
@@ -23,9 +24,15 @@ NORM_ROWS = (
 )
 _THETAS = {LOCAL: ("rope_local_base_freq", 10_000.0), GLOBAL: ("rope_theta", 1_000_000.0)}
 _ACTIVATION = "gelu_pytorch_tanh"
+# Published configs leave out what is of these sizes.
+_SIZES = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 def _read(reader: ConfigReader) -> ModelConfig:
+    reader.assume(_SIZES)
     reader.require("hidden_activation", _ACTIVATION, default=_ACTIVATION)
     reader.require("use_bidirectional_attention", False, default=False)
     reader.require("attn_logit_softcapping", None)  # transformers' Gemma 3 has the key but not the function
@@ -105,3 +112,12 @@ def _write_ropes(model: ModelConfig) -> dict[str, Any]:
 
 _ROWS = OUTER_ROWS + NORM_ROWS + ATTENTION_ROWS + QK_NORM_ROWS + MLP_ROWS
 GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _ROWS, _read, _write, IGNORED)
+
+# Of the names, `model.language_model` is that of transformers 4.52 to 4.57; the other is on disk before and since.
+GEMMA3_MULTIMODAL = Multimodal(
+    "gemma3",
+    GEMMA3,
+    ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index"),
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."},
+    ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+)

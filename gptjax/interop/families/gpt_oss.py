@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gptjax.interop import mxfp4
 from gptjax.interop.families import llama
 from gptjax.interop.families.qwen3 import GLOBAL, LOCAL, read_layer_types, write_layer_types
 from gptjax.interop.layout import Alternating, Linear
@@ -35,7 +34,6 @@ def _read(reader: ConfigReader) -> ModelConfig:
     reader.require("hidden_act", "silu", default="silu")
     reader.require("swiglu_alpha", 1.702, default=1.702)
     reader.require("swiglu_limit", 7.0, default=7.0)
-    mxfp4.read_config(reader)
     if "rope_parameters" not in reader and "rope_scaling" not in reader:
         raise ValueError(f"{reader.path}: rope_scaling: missing; expected it, since it is not the same in all versions")
     attention = llama.read_attention(reader, theta=150_000.0, seq_len=seq_len)
@@ -85,4 +83,4 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 
 
 _ROWS = (*llama.OUTER_ROWS, *llama.NORM_ROWS, *llama.ATTENTION_ROWS, *_SINK_ROWS, *_MOE_ROWS)
-GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _ROWS, _read, _write, llama.IGNORED, adapt=mxfp4.unpacked)
+GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _ROWS, _read, _write, llama.IGNORED)

@@ -36,16 +36,8 @@ def for_artefact(format: str, path: pathlib.Path) -> Runner:
             from gptjax.interop.referees import llama_cpp
 
             return llama_cpp.of_file(path)
-        case "stablehlo":
-            from gptjax.interop.referees.stablehlo import StableHloRunner
+        case "stablehlo" | "saved_model" | "onnx":
+            from gptjax.interop.referees.programs import ProgramsRunner
 
-            return StableHloRunner(path)
-        case "saved_model":
-            from gptjax.interop.referees.saved_model import SavedModelRunner
-
-            return SavedModelRunner(path)
-        case "onnx":
-            from gptjax.interop.referees.onnx import OnnxRunner
-
-            return OnnxRunner(path)
+            return ProgramsRunner(path, format)
     raise ImportError(f"no other implementation of {format} is known here")

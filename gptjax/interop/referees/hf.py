@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from gptjax.interop.certificate import STRINGS
+from gptjax.json_files import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
@@ -28,9 +29,11 @@ class TransformersRunner:
             raise ValueError(f"{folder}: no such folder; expected one with config.json and safetensors files")
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self._torch = torch
+        # Packed weights are what they are unpacked to, which for transformers is the dtype that is asked for.
+        is_packed = read_json(folder / "config.json").get("quantization_config") is not None
         self._model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if is_packed else torch.float32,
             attn_implementation="eager",
             local_files_only=True,
             trust_remote_code=False,
@@ -41,7 +44,7 @@ class TransformersRunner:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if loading[kind]:
                 raise ValueError(f"{folder}: {sorted(map(str, loading[kind]))[0]}: {kind} for {self.name}")
-        self._model.eval()
+        self._model.float().eval()
         # The folder's own could sample, penalise repetition, or stop at an end token.
         self._model.generation_config = transformers.GenerationConfig()
         self._tokenizer = _tokenizer(transformers, folder)
@@ -78,7 +81,7 @@ class TransformersRunner:
         def after(module: Any, args: tuple, output: Any) -> None:
             found.append((output[0] if isinstance(output, tuple) else output)[0].numpy().copy())
 
-        base = self._model.base_model
+        base = getattr(self._model.base_model, "language_model", self._model.base_model)  # where it sees images too
         layers = base.layers if hasattr(base, "layers") else base.h
         hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
         hooks += [layer.register_forward_hook(after) for layer in layers]

@@ -23,11 +23,13 @@ import sentencepiece
 from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.interop import gguf, gguf_tokenizer, gguf_write
-from gptjax.interop.certificate import TOLERANCES, Tolerance
-from gptjax.interop.gguf_file import is_float, read_header
+from gptjax.interop import gguf
+from gptjax.interop.certificate import Tolerance
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.file import is_float, read_header
 from gptjax.interop.source import Source
-from gptjax.nn.config import BlockConfig, ModelConfig
+from gptjax.nn.config import ModelConfig
 
 _PROGRAM = pathlib.Path(__file__).with_name("llama_cpp_process.py")
 DEFAULT_MAX_CONTEXT = 4096
@@ -87,8 +89,8 @@ class LlamaCppRunner:
         return known_difference(tokenizer, text)
 
     def as_run(self, model: ModelConfig) -> tuple[ModelConfig, str]:
-        """See the function of this name."""
-        return as_run(model)
+        """See `gguf.write.as_run`."""
+        return gguf_write.as_run(model)
 
     def hidden(self, tokens: Sequence[int]) -> None:
         return None
@@ -186,25 +188,6 @@ def known_difference(tokenizer: Tokenizer, text: str) -> str | None:
     return None
 
 
-def as_run(model: ModelConfig) -> tuple[ModelConfig, str]:
-    """The model that llama.cpp runs where a file holds this one, and what it cannot be told; empty if nothing.
-
-    It rounds the range of dimensions that YaRN blends, for every architecture (`ggml_rope_yarn_corr_dims`).
-    """
-
-    def rounded(block: BlockConfig) -> BlockConfig:
-        rope = block.attention.rope
-        if rope is None or rope.scaling is None or rope.scaling.kind != "yarn":
-            return block
-        rope = dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, truncate=True))
-        return dataclasses.replace(block, attention=dataclasses.replace(block.attention, rope=rope))
-
-    groups = tuple(dataclasses.replace(group, pattern=tuple(map(rounded, group.pattern))) for group in model.groups)
-    if groups == model.groups:
-        return model, ""
-    return dataclasses.replace(model, groups=groups), "llama.cpp rounds the range of YaRN, which this model does not"
-
-
 def tolerance(model: ModelConfig, base: Tolerance) -> Tolerance:
     """What llama.cpp may be off by where the conversion alone may be off by `base`.
 
@@ -212,7 +195,7 @@ def tolerance(model: ModelConfig, base: Tolerance) -> Tolerance:
     """
     if not any(block.mlp.activation.startswith(("gelu", "geglu")) for block in model.blocks):
         return base
-    table = TOLERANCES["float16"]
+    table = Tolerance(max_logit=0.1, mean_kl=1e-4, greedy=0.9)
     return Tolerance(
         max_logit=max(base.max_logit, table.max_logit),
         mean_kl=max(base.mean_kl, table.mean_kl),

@@ -33,6 +33,8 @@ for line in sys.stdin:
     if request["call"] == "logits":
         numpy.save(request["file"], model.logits(request["tokens"]))
         answer(None)
+    elif request["call"] == "encode":
+        answer(model.encode(request["text"]))
     else:
         answer(model.generate(request["tokens"], request["num"]))
 """
@@ -43,8 +45,8 @@ class BareProcess:
 
     Args:
       folder: of what was exported, `sys.argv[1]` there.
-      setup: Python that makes `model`, with `logits(tokens)` and `generate(tokens, num)`, and calls `answer` once with
-        a text that says what runs.
+      setup: Python that makes `model`, with `logits(tokens)`, `generate(tokens, num)` and `encode(text)`, and calls
+        `answer` once with a text that says what runs.
       packages: that it needs; their folders are all that the process sees besides the standard library.
 
     Raises:
@@ -87,8 +89,8 @@ class BareProcess:
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         return self._ask(call="generate", tokens=list(tokens), num=num_tokens)
 
-    def encode(self, text: str) -> None:
-        """Programs have no tokenizer; its file lies beside them."""
+    def encode(self, text: str) -> list[int] | None:
+        return self._ask(call="encode", text=text)
 
     def hidden(self, tokens: Sequence[int]) -> None:
         """Programs give logits alone."""

@@ -19,7 +19,7 @@ from absl import logging
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import sentencepiece_model
-from gptjax.interop.gguf_file import GgufFile
+from gptjax.interop.gguf.file import GgufFile
 from gptjax.interop.sentencepiece_model import Pieces, PieceType
 
 _PREFIX = "tokenizer.ggml."
@@ -238,7 +238,8 @@ def write(tokenizer: Tokenizer | None, *, vocab_size: int) -> dict[str, Any]:
       ValueError: if it is one of those kinds, but llama.cpp cannot run it.
     """
     if tokenizer is None or tokenizer.kind in ("bytes", "characters"):
-        logging.warning("gguf: without a tokenizer: llama.cpp has none of kind %s", tokenizer and tokenizer.kind)
+        if tokenizer is not None:
+            logging.warning("gguf: written without its tokenizer: llama.cpp has none of kind %s", tokenizer.kind)
         return {_PREFIX + "model": "none"}
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, expected at most the model's {vocab_size}")

@@ -1,7 +1,9 @@
 """GGUF files: their metadata, and tensors that are read and dequantised when they are asked for.
 
-The header is parsed here and not by the `gguf` package, whose reader maps the file (so that its pages count as
-memory) and trusts its counts. Files are taken for hostile: every count and range is checked against the file.
+The header is parsed here and not by the `gguf` package, which is for files that one made oneself. Its reader (0.19)
+maps the file, so that all pages read count as memory; a list that claims 2^61 numbers keeps it busy for ever; and
+tensors that overlap, or whose offsets wrap around, are tensors to it. Here every count and range is checked against
+the file first, and the error names the file. Blocks are dequantised by the package, and headers written by it.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -11,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +23,12 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.interop.layout import Shape
+from gptjax.interop.safetensors import Stored
 
 MAGIC = b"GGUF"
-_MAX_HEADER_BYTES = 1 << 30
+# Many times what models are published with; each thing takes more memory than its bytes in the file.
+_MAX_HEADER_BYTES = 1 << 27
+_MAX_KEYS = _MAX_TENSORS = 1 << 16
 _MAX_DIMS = 4
 _MAX_ALIGNMENT = 1 << 20
 _READ_VALUES = 1 << 22  # dequantised at a time: temporaries of some formats are several times their result
@@ -86,36 +91,24 @@ class GgufTensor:
         """
         stored = _stored_dtype(self.kind)
         if stored is not None and stored == self.dtype:
-            return self._bytes(self.offset, self.num_bytes).view(stored).reshape(self.shape)
+            return self._stored(self.offset, self.num_bytes).read().view(stored).reshape(self.shape)
         values = np.empty(math.prod(self.shape), self.dtype)
         block, block_bytes = gguf_package().GGML_QUANT_SIZES[self.kind]
         step = max(_READ_VALUES // block, 1)
         for start in range(0, values.size // block, step):
             count = min(step, values.size // block - start)
-            raw = self._bytes(self.offset + start * block_bytes, count * block_bytes)
+            raw = self._stored(self.offset + start * block_bytes, count * block_bytes).read()
             part = _dequantize(raw, self.kind)
             values[start * block : (start + count) * block] = part.astype(self.dtype, copy=False)
         return values.reshape(self.shape)
 
     def write(self, raw: np.ndarray) -> None:
         """Puts values, already of the type of the file, in their place."""
-        view, position = np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data, self.offset
-        assert len(view) == self.num_bytes, f"{self}: {len(view)} bytes"
-        with self.file.open("r+b", buffering=0) as file:
-            while view:
-                count = os.pwrite(file.fileno(), view, position)
-                view, position = view[count:], position + count
+        content = np.ascontiguousarray(raw).reshape(-1).view(np.uint8)
+        self._stored(self.offset, self.num_bytes).write(content)
 
-    def _bytes(self, offset: int, size: int) -> np.ndarray:
-        data = np.empty(size, np.uint8)
-        view, position = data.data, offset
-        with self.file.open("rb", buffering=0) as file:
-            while view:
-                count = os.preadv(file.fileno(), [view], position)
-                if count == 0:
-                    raise ValueError(f"{self.file}: ends at byte {position}, expected {offset + size}")
-                view, position = view[count:], position + count
-        return data
+    def _stored(self, offset: int, size: int) -> Stored:
+        return Stored(self.file, offset, size, (size,), np.dtype(np.uint8))
 
 
 def _dequantize(raw: np.ndarray, kind: int) -> np.ndarray:
@@ -148,20 +141,60 @@ class GgufFile:
 
     Attributes:
       metadata: numbers, booleans and strings as Python's, arrays of numbers as numpy's, of strings as lists.
-      tensors: by name, each inside of the file.
+      tensors: by name, each inside of its file.
+      others: the files after the first, of a model in several.
     """
 
     path: pathlib.Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    others: tuple[pathlib.Path, ...] = ()
+
+
+def is_later_part(path: pathlib.Path) -> bool:
+    """Whether a name is that of one of a model's files after the first, which are opened by that."""
+    return re.search(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$", path.name) is not None
 
 
 def read_header(path: pathlib.Path) -> GgufFile:
-    """Opens a file.
+    """Opens a file, and the others of the model if it is the first of several, as llama.cpp names and numbers them.
 
     Raises:
       ValueError: naming the file and what is wrong with it.
     """
+    first = _read_one(path)
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"{path}: split.count: got {count!r}, expected a whole number")
+    if count < 2:
+        return first
+    ending = f"-00001-of-{count:05}.gguf"
+    if first.metadata.get("split.no") != 0 or not path.name.endswith(ending):
+        raise ValueError(
+            f"{path}: split.no: got {first.metadata.get('split.no')!r} of {count} files of a model, expected 0, the "
+            f"first, in a file whose name ends in {ending}; open that one, and leave them the names they were made with"
+        )
+    tensors, others = dict(first.tensors), []
+    for number in range(1, count):
+        other = path.with_name(path.name.removesuffix(ending) + f"-{number + 1:05}-of-{count:05}.gguf")
+        if not other.is_file():
+            raise ValueError(f"{other}: missing; {path.name} is the first of {count} files of a model")
+        part = _read_one(other)
+        found = {key: part.metadata.get(key) for key in ("split.no", "split.count")}
+        if found != {"split.no": number, "split.count": count}:
+            raise ValueError(f"{other}: got {found}, expected number {number} of {count}; it is of another model")
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise ValueError(f"{other}: {min(twice)}: in an earlier file of the model too")
+        tensors |= part.tensors
+        others.append(other)
+    total = first.metadata.get("split.tensors.count")
+    if total != len(tensors):
+        raise ValueError(f"{path}: split.tensors.count: got {total}, expected {len(tensors)}, as the files have")
+    return GgufFile(path, first.metadata, tensors, tuple(others))
+
+
+def _read_one(path: pathlib.Path) -> GgufFile:
     with path.open("rb") as opened:
         cursor = _Cursor(path, opened, path.stat().st_size)
         magic, version = cursor.take(4, "magic"), cursor.scalar(4, "version")
@@ -170,7 +203,8 @@ def read_header(path: pathlib.Path) -> GgufFile:
         if version not in (2, 3):
             reason = "it is written for big-endian machines" if version & 0xFFFF == 0 else "expected 2 or 3"
             raise ValueError(f"{path}: GGUF version {version}: {reason}")
-        num_tensors, num_keys = cursor.count(10, "tensors", least_bytes=24), cursor.count(10, "keys", least_bytes=13)
+        num_tensors = cursor.count("tensors", least_bytes=24, most=_MAX_TENSORS)
+        num_keys = cursor.count("keys", least_bytes=13, most=_MAX_KEYS)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = cursor.string("a key")
@@ -272,11 +306,11 @@ class _Cursor:
         # The shortest decimal of a float32: 1e-5 and not 9.99999974738e-06.
         return float(str(value)) if kind == _FLOAT32 else value.item()
 
-    def count(self, kind: int, what: str, *, least_bytes: int) -> int:
+    def count(self, what: str, *, least_bytes: int, most: int = _MAX_HEADER_BYTES) -> int:
         """A number of things that take at least so many bytes each."""
-        count = self.scalar(kind, what)
-        if count * least_bytes > self._limit - self.position:
-            raise ValueError(f"{self.path}: {count:,} {what}: more than fit into the file; it is cut or damaged")
+        count = self.scalar(10, what)
+        if count > most or count * least_bytes > self._limit - self.position:
+            raise ValueError(f"{self.path}: {count:,} {what}: more than a file's header can hold; it is cut or damaged")
         return count
 
     def string(self, what: str) -> str:
@@ -296,11 +330,11 @@ class _Cursor:
         item = self.scalar(4, what)
         if item in _SCALARS:
             dtype = np.dtype(_SCALARS[item])
-            count = self.count(10, f"numbers of {what}", least_bytes=dtype.itemsize)
+            count = self.count(f"numbers of {what}", least_bytes=dtype.itemsize)
             return np.frombuffer(self.take(count * dtype.itemsize, what), dtype)
         if item != _STRING:
             raise ValueError(f"{self.path}: {what}: a list of type {item}; expected numbers or strings")
-        return [self.string(what) for _ in range(self.count(10, f"strings of {what}", least_bytes=8))]
+        return [self.string(what) for _ in range(self.count(f"strings of {what}", least_bytes=8))]
 
 
 def write_header(path: pathlib.Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, int]]) -> GgufFile:

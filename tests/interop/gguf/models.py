@@ -92,6 +92,14 @@ CONFIGS: dict[str, dict] = {
         "routed_scaling_factor": 2.5,
     },
 }
+CONFIGS["gemma3 of local layers"] = _GEMMA3 | {"num_hidden_layers": 5}
+# The number of layers by which llama.cpp knows that queries have no latents.
+CONFIGS["deepseek_v3 without latents of queries, in groups"] = CONFIGS["deepseek_v3"] | {
+    "num_hidden_layers": 26,
+    "q_lora_rank": None,
+    "n_group": 4,
+    "topk_group": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)

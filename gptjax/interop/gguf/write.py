@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,18 @@ from gptjax.checkpoint import reading
 from gptjax.checkpoint.meta import model_differences
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.interop import gguf_names, gguf_rope, gguf_tokenizer, stream
+from gptjax.interop import stream
 from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.families import FAMILIES
-from gptjax.interop.gguf import ARCHITECTURES, read_model
-from gptjax.interop.gguf_config import Architecture, Found
-from gptjax.interop.gguf_file import GgufFile, gguf_package, write_header
-from gptjax.interop.gguf_names import Place
+from gptjax.interop.gguf import ARCHITECTURES, names, read_model, rope
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf.config import Architecture, Found
+from gptjax.interop.gguf.file import GgufFile, gguf_package, write_header
+from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, family_of, inference_form, units
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import BlockConfig, MLAConfig, ModelConfig
 
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -117,7 +119,7 @@ def _create(file: pathlib.Path, plan: Plan, tokenizer: Tokenizer | None, *, name
     metadata = plan.metadata | {"general.name": name} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
     header = write_header(file, metadata, plan.tensors)
     if plan.rope_factors is not None:
-        header.tensors[gguf_rope.FACTORS_TENSOR].write(plan.rope_factors)
+        header.tensors[rope.FACTORS_TENSOR].write(plan.rope_factors)
     return header
 
 
@@ -139,11 +141,11 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
     if architecture is None:
         raise ValueError(f"family {family.name}: llama.cpp's architecture for it is not supported; export it as hf")
     written = architecture.write(family.write_config(model))
-    places = gguf_names.places(
+    places = names.places(
         architecture.name,
         units(family, model),
         model,
-        move_of=architecture.move_of,
+        moves=architecture.moves,
         renamed=architecture.renamed,
     )
     shapes = {
@@ -152,27 +154,23 @@ def make_plan(model: ModelConfig, *, quantization: Quantization, family_name: st
         for theirs, shape in zip(place.names, place.whole_shapes(), strict=True)
     }
     metadata = {f"{architecture.name}.{key}": value for key, value in written.keys.items()}
-    _check(architecture, metadata, Found(shapes, written.rope_factors), model)
+    factors = written.rope_factors if architecture.has_rope_factors else None
+    _check(architecture, metadata, Found(shapes, factors), model)
+    _, otherwise = as_run(model)
+    if otherwise:
+        logging.warning("gguf: %s", otherwise)
     kinds = {name: _kind(name, shape, quantization) for name, shape in shapes.items()}
     tensors = {name: (shapes[name], kind) for name, kind in kinds.items()}
     if written.rope_factors is not None:
-        tensors[gguf_rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
+        tensors[rope.FACTORS_TENSOR] = written.rope_factors.shape, _type("f32")
+    file_type = "ALL_F32" if quantization == "f32" else f"MOSTLY_{quantization.upper()}"
     general = {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.file_type": int(gguf_package().LlamaFileType[_FILE_TYPES[quantization]]),
+        "general.file_type": int(gguf_package().LlamaFileType[file_type]),
         "general.quantization_version": gguf_package().GGML_QUANT_VERSION,
     }
     return Plan(architecture, family, general | metadata, tensors, places, written.rope_factors)
-
-
-_FILE_TYPES = {
-    "f32": "ALL_F32",
-    "f16": "MOSTLY_F16",
-    "bf16": "MOSTLY_BF16",
-    "q8_0": "MOSTLY_Q8_0",
-    "q4_0": "MOSTLY_Q4_0",
-}
 
 
 def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found, model: ModelConfig) -> None:
@@ -187,7 +185,56 @@ def _check(architecture: Architecture, metadata: Mapping[str, Any], found: Found
         raise ValueError(
             f"llama.cpp's architecture {architecture.name} cannot be told all of this model, which differs in: "
             + "; ".join(lost[:6])
+            + _without_window(read, model)
         )
+
+
+def as_run(model: ModelConfig) -> tuple[ModelConfig, str]:
+    """The model that llama.cpp runs where a file holds this one, and what it cannot be told; empty if nothing."""
+    changes = {
+        # For every architecture: `ggml_rope_yarn_corr_dims`.
+        "llama.cpp rounds the range of YaRN, which this model does not": _rounded,
+        "llama.cpp takes the layers' epsilon for the norms of latents, where this model has another": _of_one_epsilon,
+    }
+    reasons = []
+    for reason, change in changes.items():
+        groups = tuple(dataclasses.replace(each, pattern=tuple(map(change, each.pattern))) for each in model.groups)
+        if groups != model.groups:
+            model = dataclasses.replace(model, groups=groups)
+            reasons.append(reason)
+    return model, "; ".join(reasons)
+
+
+def _rounded(block: BlockConfig) -> BlockConfig:
+    rope = block.attention.rope
+    if rope is None or rope.scaling is None or rope.scaling.kind != "yarn":
+        return block
+    rope = dataclasses.replace(rope, scaling=dataclasses.replace(rope.scaling, truncate=True))
+    return dataclasses.replace(block, attention=dataclasses.replace(block.attention, rope=rope))
+
+
+def _of_one_epsilon(block: BlockConfig) -> BlockConfig:
+    if not isinstance(block.attention, MLAConfig):
+        return block
+    norm = dataclasses.replace(block.attention.norm, eps=block.norm.eps)
+    return dataclasses.replace(block, attention=dataclasses.replace(block.attention, norm=norm))
+
+
+def _without_window(read: ModelConfig, model: ModelConfig) -> str:
+    """What to do where llama.cpp has no windows and the model does."""
+    windows = _windows(model)
+    if not windows or _windows(read):
+        return ""
+    return (
+        f"; it has no sliding window there, which makes a difference from position {min(windows)} on. A model of no "
+        "more tokens is the same without: with sliding_window null and max_position_embeddings "
+        f"{min(windows)} in its config.json, import it again and export that"
+    )
+
+
+def _windows(model: ModelConfig) -> set[int]:
+    found = (getattr(block.attention, "window", None) for block in model.blocks)
+    return {window for window in found if window is not None}
 
 
 def _type(quantization: str) -> int:

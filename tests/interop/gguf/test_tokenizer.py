@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.interop import certificate, gguf_file, gguf_tokenizer, gguf_write, sentencepiece_model
-from gptjax.interop.gguf_file import GgufFile
-from tests.interop import gguf_models
+from gptjax.interop import certificate, sentencepiece_model
+from gptjax.interop.gguf import file as gguf_file
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.file import GgufFile
+from tests.interop.gguf import models as gguf_models
 
 pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers", reason="byte-level BPE is run by the tokenizers package")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.interop import gguf_config, gguf_experts, gguf_names, gguf_rope, gguf_tokenizer
 from gptjax.interop.families import FAMILIES
-from gptjax.interop.gguf_config import Architecture, Found
-from gptjax.interop.gguf_file import MAGIC, GgufFile, read_header
-from gptjax.interop.reader import ConfigReader
+from gptjax.interop.gguf import experts, names, rope
+from gptjax.interop.gguf import tokenizer as gguf_tokenizer
+from gptjax.interop.gguf.config import GEMMA3, GPT2, LLAMA, QWEN3, QWEN3_MOE, Architecture, Found
+from gptjax.interop.gguf.file import MAGIC, GgufFile, is_later_part, read_header
+from gptjax.interop.reader import MAX_LAYERS, ConfigReader
 from gptjax.interop.source import Source
 from gptjax.interop.table import Family, Unit, read_config, units
 from gptjax.nn.config import ModelConfig
@@ -21,19 +22,19 @@ from gptjax.nn.config import ModelConfig
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        gguf_config.LLAMA,
-        gguf_config.QWEN3,
-        gguf_config.QWEN3_MOE,
-        gguf_config.GEMMA3,
-        gguf_config.GPT2,
-        gguf_experts.GPT_OSS,
-        gguf_experts.DEEPSEEK2,
+        LLAMA,
+        QWEN3,
+        QWEN3_MOE,
+        GEMMA3,
+        GPT2,
+        experts.GPT_OSS,
+        experts.DEEPSEEK2,
     )
 }
 """By `general.architecture`."""
 
-# The tables of rotations in very old files, and what `read_model` has read.
-_IGNORED = (r"blk\.\d+\.attn_rot_embd\.weight", r"rope_freqs\.weight")
+# The tables of rotations in very old files.
+_IGNORED = r"blk\.\d+\.attn_rot_embd\.weight"
 
 
 def is_gguf(file: pathlib.Path) -> bool:
@@ -43,21 +44,21 @@ def is_gguf(file: pathlib.Path) -> bool:
 
 
 def find(path: pathlib.Path) -> pathlib.Path:
-    """The file itself, or the one GGUF file in a folder.
+    """The file itself, or the one GGUF file in a folder, or the first of the one model there in several.
 
     Raises:
       ValueError: if the folder has none, or several.
     """
     if not path.is_dir():
         return path
-    found = sorted(path.glob("*.gguf"))
+    found = [file for file in sorted(path.glob("*.gguf")) if not is_later_part(file)]
     if len(found) != 1:
         raise ValueError(f"{path}: {len(found)} GGUF files, expected one; name the file")
     return found[0]
 
 
 def open_source(path: pathlib.Path) -> Source:
-    """A GGUF file, or the one in a folder; values of quantised types are float32.
+    """A GGUF file, the first of a model's, or the one in a folder; values of quantised types are float32.
 
     Raises:
       ValueError: naming the file, and the key or tensor, that is missing, damaged or not supported.
@@ -65,22 +66,26 @@ def open_source(path: pathlib.Path) -> Source:
     file = find(path)
     header = read_header(file)
     architecture = architecture_of(header)
-    factors = header.tensors.get(gguf_rope.FACTORS_TENSOR)
-    if factors is not None and len(factors.shape) != 1:
-        raise ValueError(f"{file}: {gguf_rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension")
+    factors = header.tensors.get(rope.FACTORS_TENSOR) if architecture.has_rope_factors else None
+    if factors is not None and (len(factors.shape) != 1 or factors.shape[0] > rope.MAX_FACTORS):
+        raise ValueError(
+            f"{file}: {rope.FACTORS_TENSOR}: got {list(factors.shape)}, expected one dimension of at most "
+            f"{rope.MAX_FACTORS}"
+        )
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     found = Found(shapes, None if factors is None else factors.read())
     config, family, model = read_model(architecture, header.metadata, found, path=str(file))
     wanted = units(family, model)
-    places = gguf_names.places(
+    places = names.places(
         architecture.name,
         wanted,
         model,
-        move_of=architecture.move_of,
+        moves=architecture.moves,
         renamed=architecture.renamed,
         present=header.tensors.keys(),
     )
-    tensors = gguf_names.find(header, places, ignored=_IGNORED)
+    elsewhere = () if factors is None else (rope.FACTORS_TENSOR,)
+    tensors = names.find(header, places, ignored=(_IGNORED, *elsewhere))
     return Source(
         path=file,
         format="gguf",
@@ -88,7 +93,7 @@ def open_source(path: pathlib.Path) -> Source:
         model=model,
         tensors=_of_one_dtype(tensors, wanted),
         tokenizer=gguf_tokenizer.read(header),
-        files=(file,),
+        files=(file, *header.others),
         raw_config=config,
     )
 
@@ -100,14 +105,9 @@ def architecture_of(header: GgufFile) -> Architecture:
       ValueError: if it is not one of `ARCHITECTURES`.
     """
     name = header.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(
-            f"{header.path}: general.architecture: got {name!r}, expected one of {', '.join(ARCHITECTURES)}"
-        )
-    if header.metadata.get("split.count", 1) != 1:
-        raise ValueError(
-            f"{header.path}: one of {header.metadata['split.count']} files of a model, which is not supported; merge "
-            "them with llama-gguf-split --merge"
+            f"{header.path}: general.architecture: got {name!r:.80}, expected one of {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
@@ -121,7 +121,11 @@ def read_model(
       ValueError: naming the key that is missing, unknown or not supported.
     """
     prefix = architecture.name + "."
-    own = {key[len(prefix) :]: _plain(value) for key, value in metadata.items() if key.startswith(prefix)}
+    own = {
+        key[len(prefix) :]: _plain(value, path=f"{path}: {key}")
+        for key, value in metadata.items()
+        if key.startswith(prefix)
+    }
     reader = ConfigReader(own, path=f"{path}: {architecture.name}")
     config = architecture.read(reader, found)
     reader.finish()
@@ -131,16 +135,16 @@ def read_model(
     return config, family, read_config(family, config, path=path)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, path: str) -> Any:
     """One number for a list of equal ones: some write what all layers have for each layer."""
+    if isinstance(value, np.ndarray | list) and len(value) > MAX_LAYERS:
+        raise ValueError(f"{path}: got a list of {len(value):,}, expected at most {MAX_LAYERS}, one for each layer")
     if isinstance(value, np.ndarray):
         return value[0].item() if value.size and (value == value[0]).all() else value.tolist()
     return value
 
 
-def _of_one_dtype(
-    tensors: Mapping[str, gguf_names.MovedTensor], wanted: list[Unit]
-) -> dict[str, gguf_names.MovedTensor]:
+def _of_one_dtype(tensors: Mapping[str, names.MovedTensor], wanted: list[Unit]) -> dict[str, names.MovedTensor]:
     """Layers that are of one array here get one dtype; of different ones that is float32, which holds them all."""
     dtypes: dict[str, set[np.dtype]] = {}
     for unit in wanted:

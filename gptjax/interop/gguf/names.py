@@ -8,120 +8,93 @@ Source: llama.cpp, `convert_hf_to_gguf.py` and the `gguf` package's `tensor_mapp
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from gptjax.interop.gguf_file import GgufFile, GgufTensor, gguf_package
+from gptjax.interop.gguf.file import GgufFile, GgufTensor, gguf_package
 from gptjax.interop.layout import Shape
 from gptjax.interop.pairs import to_halves, to_pairs
 from gptjax.interop.table import Unit
-from gptjax.nn.config import ModelConfig
+from gptjax.nn.config import MLAConfig, ModelConfig
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-class Move(Protocol):
-    """Between one tensor of Hugging Face's and one or several of GGUF's."""
-
-    def shapes(self, shape: Shape) -> list[Shape]:
-        """Of GGUF's, from that of Hugging Face's."""
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray: ...
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]: ...
-
-
 @dataclass(frozen=True)
-class Same:
-    """The same values."""
+class Move:
+    """Between one tensor of Hugging Face's and one or several of GGUF's.
 
-    def shapes(self, shape: Shape) -> list[Shape]:
-        return [shape]
+    Attributes:
+      shapes: of GGUF's, from that of Hugging Face's.
+    """
 
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return parts[0]
-
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        return [value]
-
-
-@dataclass(frozen=True)
-class Pairs(Same):
-    """Rows of `num_heads` heads, for a rotation of neighbouring pairs."""
-
-    num_heads: int
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return to_halves(parts[0], num_heads=self.num_heads)
-
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        return [to_pairs(value, num_heads=self.num_heads)]
+    to_hf: Callable[[Sequence[np.ndarray]], np.ndarray]
+    to_gguf: Callable[[np.ndarray], list[np.ndarray]]
+    shapes: Callable[[Shape], list[Shape]] = lambda shape: [shape]
 
 
-@dataclass(frozen=True)
-class FromOne(Same):
-    """Scales stored as they multiply, Hugging Face's being their offset from 1; that sum is rounded to float32."""
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return parts[0] - np.asarray(1, parts[0].dtype)
-
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        return [value.astype(np.float32) + np.float32(1)]
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """The last two dimensions the other way round."""
-
-    def shapes(self, shape: Shape) -> list[Shape]:
-        return [(*shape[:-2], shape[-1], shape[-2])]
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        return parts[0].swapaxes(-1, -2)
-
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        return [value.swapaxes(-1, -2)]
+SAME = Move(lambda parts: parts[0], lambda value: [value])
+FROM_ONE = Move(
+    lambda parts: parts[0] - np.asarray(1, parts[0].dtype),
+    lambda value: [value.astype(np.float32) + np.float32(1)],
+)
+"""Scales stored as they multiply, Hugging Face's being their offset from 1; that sum is rounded to float32."""
+TRANSPOSED = Move(
+    lambda parts: parts[0].swapaxes(-1, -2),
+    lambda value: [value.swapaxes(-1, -2)],
+    lambda shape: [(*shape[:-2], shape[-1], shape[-2])],
+)
+"""The last two dimensions the other way round."""
 
 
-@dataclass(frozen=True)
-class TakenApart:
+def pairs(num_heads: int) -> Move:
+    """Rows of heads, for a rotation of neighbouring pairs."""
+    return Move(
+        lambda parts: to_halves(parts[0], num_heads=num_heads),
+        lambda value: [to_pairs(value, num_heads=num_heads)],
+    )
+
+
+def taken_apart(inner: Move) -> Move:
     """Two tensors, which take turns in Hugging Face's last dimension; `inner` then applies to each."""
 
-    inner: Same | Transposed = Same()
-
-    def shapes(self, shape: Shape) -> list[Shape]:
-        return 2 * self.inner.shapes((*shape[:-1], shape[-1] // 2))
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        first, second = (self.inner.to_hf([part]) for part in parts)
+    def to_hf(parts: Sequence[np.ndarray]) -> np.ndarray:
+        first, second = (inner.to_hf([part]) for part in parts)
         return np.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
 
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        return [self.inner.to_gguf(value[..., start::2])[0] for start in (0, 1)]
+    return Move(
+        to_hf,
+        lambda value: [inner.to_gguf(value[..., start::2])[0] for start in (0, 1)],
+        lambda shape: 2 * inner.shapes((*shape[:-1], shape[-1] // 2)),
+    )
 
 
-@dataclass(frozen=True)
-class AbsorbedHeads:
+def absorbed_heads(attention: MLAConfig) -> Move:
     """DeepSeek's joint projection as two: that of keys `[N, R, nope]`, transposed, and of values `[N, v, R]`."""
+    num_heads, nope, v = attention.num_heads, attention.nope_head_dim, attention.v_head_dim
 
-    num_heads: int
-    nope_head_dim: int
-    v_head_dim: int
-
-    def shapes(self, shape: Shape) -> list[Shape]:
-        rank = shape[1]
-        return [(self.num_heads, rank, self.nope_head_dim), (self.num_heads, self.v_head_dim, rank)]
-
-    def to_hf(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+    def to_hf(parts: Sequence[np.ndarray]) -> np.ndarray:
         joined = np.concatenate([parts[0].swapaxes(1, 2), parts[1]], axis=1)
         return joined.reshape(-1, joined.shape[-1])
 
-    def to_gguf(self, value: np.ndarray) -> list[np.ndarray]:
-        heads = value.reshape(self.num_heads, self.nope_head_dim + self.v_head_dim, -1)
-        return [heads[:, : self.nope_head_dim].swapaxes(1, 2), heads[:, self.nope_head_dim :]]
+    def to_gguf(value: np.ndarray) -> list[np.ndarray]:
+        heads = value.reshape(num_heads, nope + v, -1)
+        return [heads[:, :nope].swapaxes(1, 2), heads[:, nope:]]
+
+    return Move(to_hf, to_gguf, lambda shape: [(num_heads, shape[1], nope), (num_heads, v, shape[1])])
+
+
+Moves = Mapping[str, Move | Callable[[ModelConfig], Move]]
+"""By the ending of Hugging Face's name; others stay the same."""
+
+
+def _move_of(name: str, moves: Moves, model: ModelConfig) -> Move:
+    move = next((move for ending, move in moves.items() if name.endswith(ending)), SAME)
+    return move if isinstance(move, Move) else move(model)
 
 
 @dataclass(frozen=True)
@@ -146,16 +119,12 @@ class Place:
         return [(*experts, *shape) for shape in self.move.shapes(self.shape)]
 
 
-MoveOf = Callable[[str, ModelConfig], Move]
-"""Which move a tensor needs, by its Hugging Face name."""
-
-
 def places(
     architecture: str,
     units: Sequence[Unit],
     model: ModelConfig,
     *,
-    move_of: MoveOf,
+    moves: Moves,
     renamed: Mapping[str, tuple[str, ...]],
     present: Collection[str] = (),
 ) -> dict[str, Place]:
@@ -170,18 +139,16 @@ def places(
     gguf = gguf_package()
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(key, model.num_layers)
-    experts = {name: 0 for name in (_EXPERT.sub(".experts.", unit.theirs) for unit in units)}
-    for unit in units:
-        experts[_EXPERT.sub(".experts.", unit.theirs)] += bool(_EXPERT.search(unit.theirs))
+    experts = collections.Counter(_EXPERT.sub(".experts.", u.theirs) for u in units if _EXPERT.search(u.theirs))
     found = {}
     for unit in units:
         merged = _EXPERT.sub(".experts.", unit.theirs)
         expert = _EXPERT.search(unit.theirs)
         own = table.get_name(merged, try_suffixes=(".weight", ".bias"))
         names = _renamed(merged, renamed)
-        move = move_of(unit.theirs, model)
+        move = _move_of(unit.theirs, moves, model)
         if names is not None and own in present:
-            names, move = None, Same()
+            names, move = None, SAME
         if names is None and own is None:
             raise ValueError(f"{unit.theirs}: llama.cpp has no such tensor in architecture {architecture}")
         found[unit.theirs] = Place(

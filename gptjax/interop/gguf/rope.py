@@ -14,6 +14,7 @@ from gptjax.nn import rope as rope_lib
 from gptjax.nn.config import RopeConfig, RopeScaling
 
 FACTORS_TENSOR = "rope_freqs.weight"
+MAX_FACTORS = 1 << 16
 # What models are published with, and so what factors that fit several are taken for: in all of them the factors say
 # no more than the ratios of these three.
 _LLAMA3_LOW = 1.0
