@@ -24,14 +24,14 @@ from jax.sharding import Mesh
 
 from gptjax.kernels.grouped import place
 from gptjax.nn.config import MoEConfig
-from gptjax.nn.linear import einsum, grouped
+from gptjax.nn.linear import AnyKernel, einsum, grouped
 from gptjax.nn.mlp import activate
-from gptjax.nn.quantized import Kernel, QuantizedArray
+from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import is_portable, platform
 from gptjax.types import Array
 
-Weights = Mapping[str, tuple[Kernel, Array | None]]
+Weights = Mapping[str, tuple[AnyKernel, Array | None]]
 """`up`, `down` and, where gated, `gate`: kernel `[E, in, out]` and bias `[E, out]` or None."""
 
 
@@ -101,7 +101,7 @@ def _portable(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Array,
 _UP, _DOWN = ("experts", None, "mlp"), ("experts", "mlp", None)
 
 
-def _weight_specs(mesh: Mesh, name: str, kernel: Kernel, bias: Array | None) -> tuple[Any, Any]:
+def _weight_specs(mesh: Mesh, name: str, kernel: AnyKernel, bias: Array | None) -> tuple[Any, Any]:
     """The partitions of a projection's kernel and bias; an axis that does not divide a dimension leaves it whole."""
     names = _DOWN if name == "down" else _UP
     stored = (names[0], names[2], names[1]) if isinstance(kernel, QuantizedArray) else names  # rows of outputs

@@ -7,6 +7,8 @@ than one kernel is ever there in full.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -48,6 +50,14 @@ def einsum(spec: str, x: Array, kernel: QuantizedArray | RoundedKernel) -> Array
         x = _round_through(x, axes, kernel.activations)
     rows = quantized.dequantize_rows(kernel, x.dtype)
     return matmul.einsum(rows_spec, x, kernel.layout.split(rows))
+
+
+def rows(spec: str, x: Array) -> Array:
+    """The inputs of a product, `[rows, inputs]`."""
+    x_dims, _, y_dims = spec.replace("->", ",").split(",")
+    summed = [x_dims.index(dim) for dim in x_dims if dim not in y_dims]
+    moved = jnp.moveaxis(x, summed, range(-len(summed), 0))
+    return moved.reshape(-1, math.prod(x.shape[axis] for axis in summed))
 
 
 def operands(x_MD: Array, kernel: QuantizedArray | RoundedKernel) -> tuple[Array, Array]:

@@ -14,16 +14,21 @@ from flax import linen as nn
 
 from gptjax.kernels import matmul
 from gptjax.kernels.grouped import Groups, grouped_matmul
-from gptjax.nn import few_bits, init
+from gptjax.nn import few_bits, init, taps
 from gptjax.nn.quantized import Kernel as AnyKernel
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
+from gptjax.nn.taps import Tapped
 from gptjax.types import Array
 
 _OUTPUTS = "NHF"
+_NOT_PLAIN = (QuantizedArray, RoundedKernel, Tapped)
 
 
 def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
     """`jnp.einsum(spec, x, kernel)` with the kernel in the dtype of `x`."""
+    if isinstance(kernel, Tapped):
+        taps.record(kernel, few_bits.rows(spec, x))
+        return einsum(spec, x, kernel.kernel)
     if isinstance(kernel, QuantizedArray | RoundedKernel):
         return few_bits.einsum(spec, x, kernel)
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
@@ -32,7 +37,7 @@ def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
 def project(x_BTD: Array, weights: Sequence[tuple[AnyKernel, Array | None]]) -> list[Array]:
     """`x_BTD @ kernel + bias` for each kernel `[D, ...]` and bias; see `kernels.matmul.project`."""
     kernels, biases = zip(*weights, strict=True)
-    if any(isinstance(kernel, QuantizedArray | RoundedKernel) for kernel in kernels):
+    if any(isinstance(kernel, _NOT_PLAIN) for kernel in kernels):
         letters = [_OUTPUTS[: kernel.ndim - 1] for kernel in kernels]
         products = [einsum(f"BTD,D{out}->BT{out}", x_BTD, k) for out, k in zip(letters, kernels, strict=True)]
     else:
@@ -42,15 +47,18 @@ def project(x_BTD: Array, weights: Sequence[tuple[AnyKernel, Array | None]]) -> 
 
 def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
     """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
+    if isinstance(kernel_EDF, Tapped):
+        taps.record(kernel_EDF, x_MD, groups)
+        return grouped(x_MD, kernel_EDF.kernel, groups)
     if isinstance(kernel_EDF, QuantizedArray | RoundedKernel):
         x_MD, kernel_EDF = few_bits.operands(x_MD, kernel_EDF)
     return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), groups)
 
 
-def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any]) -> AnyKernel:
+def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any]) -> Any:
     """A parameter of a module: a float one as declared, or what stands in its place in few bits."""
     found = module.get_variable("params", name)
-    return found if isinstance(found, QuantizedArray | RoundedKernel) else module.param(name, init_fn)
+    return found if isinstance(found, _NOT_PLAIN) else module.param(name, init_fn)
 
 
 class Kernel(nn.Module):

@@ -128,7 +128,7 @@ class RoundedKernel:
 
 
 Kernel = Array | QuantizedArray | RoundedKernel
-"""What products take."""
+"""What products take; while a model is calibrated also `taps.Tapped`."""
 
 
 def is_quantized(leaf: Any) -> bool:

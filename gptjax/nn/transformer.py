@@ -38,13 +38,13 @@ def store(cfg: ModelConfig, params: Params) -> Params:
       ValueError: naming a kernel that cannot be stored so.
     """
     abstract_params(cfg)  # which checks
-    return storage.store(cfg.quant, params, _layouts(cfg))
+    return storage.store(cfg.quant, params, layouts(cfg))
 
 
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters; nothing is allocated."""
-    return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), _layouts(cfg))
+    return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,7 +76,7 @@ def forward(
         raise ValueError("a cache needs positions_BT: the absolute position of every token")
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    params = storage.as_trained(cfg.quant, params, _layouts(cfg))
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
     module = Transformer(cfg)
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
 
@@ -94,8 +94,8 @@ def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Para
 def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]:
     """The residual stream `[B, T, D]` before the first layer and after each, before the final norm."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    ctx = _context(cfg, positions_BT, None)
-    params = storage.as_trained(cfg.quant, params, _layouts(cfg))
+    ctx = context(cfg, positions_BT, None)
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
     found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
     for block, weights in layers(cfg, params):
         x_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, found[-1], ctx, None)  # type: ignore[misc]
@@ -108,7 +108,7 @@ def head_params(cfg: ModelConfig, params: Params) -> Kernel:
 
     A tied embedding is transposed here, once, and not in each product of a loop over chunks of positions.
     """
-    params = storage.as_trained(cfg.quant, params, _layouts(cfg))
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
     return transposed(params["embed"]["tokens"]) if cfg.tie_embeddings else params["head"]["kernel"]
 
 
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         cfg = self.cfg
         x_BTD = Embedding(cfg, name="embed")(tokens_BT, positions_BT)
-        ctx = _context(cfg, positions_BT, segment_ids_BT)
+        ctx = context(cfg, positions_BT, segment_ids_BT)
         out_scale = (2 * cfg.num_layers) ** -0.5
         caches, auxes = {}, {}
         for i, group in enumerate(cfg.groups):
@@ -187,7 +187,8 @@ def _table(shape: tuple[int, int], axis: str | None, layout: Layout | None = Non
     return declare(shape, (axis, "embed"), std=EMBEDDING_STD, layout=layout)
 
 
-def _context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None) -> Context:
+def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None) -> Context:
+    """What every layer reads besides the residual stream."""
     keys: dict[tuple[RopeConfig, int], None] = {}
     for block in cfg.blocks:
         attention = block.attention
@@ -204,7 +205,7 @@ def _context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None
 
 
 @functools.lru_cache(maxsize=64)
-def _layouts(cfg: ModelConfig) -> dict[str, Layout]:
+def layouts(cfg: ModelConfig) -> dict[str, Layout]:
     """Of each kernel that may be stored in few bits, by path."""
     boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxed(cfg), is_leaf=_is_box)
     return {storage.name(path): box.layout for path, box in boxes if box.layout is not None}
