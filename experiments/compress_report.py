@@ -17,6 +17,8 @@ from absl import flags
 from experiments import common
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from gptjax.compress.report import Variant
     from gptjax.model import Model
     from gptjax.types import Batch
@@ -73,15 +75,18 @@ def _measure(name: str, path: str, original: Model, batches: list[Batch], num_by
     model = gptjax.load(path)
     pair = (model.config, model.params)
     (quality,) = measure.quality((original.config, original.params), [pair], batches, num_bytes=num_bytes)
-    files = [file for file in (store.find(path) / "params").rglob("*") if file.is_file()]
     return report.Variant(
         name=name,
         quality=quality,
         size=measure.size(*pair),
         speed=measure.speed(*pair, prompt_len=min(model.config.seq_len // 2, 256)),
-        disk_bytes=sum(file.stat().length for file in files),
+        disk_bytes=_num_bytes(store.find(path) / "params"),
         lineage=() if model.meta is None else model.meta.lineage,
     )
+
+
+def _num_bytes(path: epath.Path) -> int:
+    return sum(map(_num_bytes, path.iterdir())) if path.is_dir() else path.stat().length
 
 
 if __name__ == "__main__":
