@@ -17,8 +17,8 @@ from gptjax.json_files import write_json
 
 _STYLE = (Path(run_report.__file__).parent / "report.css").read_text(encoding="utf-8")
 _WIDE = (
-    "#figures, #quality-and-size, #quality-and-speed { grid-column: 1 / -1; } "
-    "#figures td + td, #figures th + th { text-align: right; white-space: nowrap; }"
+    "#figures { grid-column: 1 / -1; } #figures table { font-size: 12px; } #figures td { white-space: nowrap; } "
+    "#figures td + td, #figures th + th { text-align: right; }"
 )
 
 
@@ -110,13 +110,13 @@ _COLUMNS: tuple[tuple[str, Callable[[Variant, Variant], str]], ...] = (
     ("KL, nats", lambda v, first: f"{v.quality.kl:.4f}"),
     ("same token", lambda v, first: f"{v.quality.agreement:.1%}"),
     ("accuracy", lambda v, first: f"{v.quality.accuracy:.1%}"),
-    ("parameters", lambda v, first: f"{v.size.num_params:,}"),
-    ("MB on disk", lambda v, first: f"{v.disk_bytes / 1e6:,.2f}"),
+    ("params, M", lambda v, first: f"{v.size.num_params / 1e6:,.2f}"),
+    ("disk, MB", lambda v, first: f"{v.disk_bytes / 1e6:,.2f}"),
     ("of original", lambda v, first: f"{v.disk_bytes / first.disk_bytes:.0%}"),
-    ("MB in memory", lambda v, first: f"{v.size.memory_bytes / 1e6:,.2f}"),
-    ("MFLOP a token", lambda v, first: f"{v.size.flops_per_token / 1e6:,.2f}"),
-    ("prefill, tokens/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
-    ("decode, tokens/s", lambda v, first: f"{v.speed.decode:,.0f}"),
+    ("memory, MB", lambda v, first: f"{v.size.memory_bytes / 1e6:,.2f}"),
+    ("MFLOP/token", lambda v, first: f"{v.size.flops_per_token / 1e6:,.2f}"),
+    ("prefill, tok/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
+    ("decode, tok/s", lambda v, first: f"{v.speed.decode:,.0f}"),
 )
 
 
