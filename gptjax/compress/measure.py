@@ -204,7 +204,7 @@ def _quality(
     return Quality(
         loss=loss,
         loss_error=loss_error,
-        bits_per_byte=perplexity.bits_per_byte(own_R[:, 0].sum(), num_bytes),
+        bits_per_byte=float(perplexity.bits_per_byte(own_R[:, 0].sum(), num_bytes)),
         accuracy=float(own_R[:, 1].sum() / total),
         kl=kl,
         kl_error=kl_error,

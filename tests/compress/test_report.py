@@ -26,7 +26,7 @@ RULE = KernelRule(pattern="group.*kernel", weights=WeightFormat(dtype="int4", gr
 @pytest.fixture(scope="module")
 def original():
     cfg = SPEC.build()
-    return cfg, random_params(cfg, scale=0.2)
+    return cfg, random_params(cfg, scale=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_figures_of_a_variant_are_those_by_hand(original, variant, batches):
                 same.append((p[row].argmax(-1) == q[row].argmax(-1))[mask].sum())
     own, reference, weight = map(np.asarray, zip(*losses, strict=True))
     assert found.loss == pytest.approx(own.sum() / weight.sum(), rel=1e-5)
-    assert found.kl == pytest.approx(sum(kls) / weight.sum(), rel=1e-3) and found.kl > 1e-3
+    assert found.kl == pytest.approx(sum(kls) / weight.sum(), rel=1e-2) and found.kl > 1e-3
     assert found.agreement == pytest.approx(sum(same) / weight.sum())
     ratio = (own.sum() - reference.sum()) / weight.sum()
     assert found.loss_ratio == pytest.approx(ratio, abs=1e-5)
