@@ -15,6 +15,7 @@ from gptjax.compress import distill, matching, teacher_cache
 from gptjax.nn import transformer
 from gptjax.train.metrics import read_metrics
 from gptjax.train.run import run
+from tests.train import test_multihost as two_hosts
 from tests.train.conftest import data_dir, run_config  # noqa: F401  # fixtures
 
 TEACHER = dict(model__d_model=24, model__num_layers=2)
@@ -166,3 +167,22 @@ def test_a_student_may_start_from_a_checkpoint(make, tmp_path, teacher):
     stages = read_meta(tmp_path / "second" / "ckpt" / "6").lineage
     assert [stage["stage"] for stage in stages] == ["distill", "distill"]
     assert stages[1]["init_step"] == 2
+
+
+CHILD = two_hosts.CHILD.replace(
+    "import RunConfig, run", "import run\nfrom gptjax.compress.distill import DistillRun, task"
+)
+CHILD = CHILD.replace("RunConfig, json", "DistillRun, json").replace("sys.argv[2])", "sys.argv[2], task_fn=task)")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_hosts_compute_what_one_does(make, tmp_path, cached):
+    keys = dict(top_k=8, cache=str(tmp_path / "cache")) if cached else dict(top_k=8)
+    # Both hosts hold parts of every row.
+    cfg = make({"mesh": dict(data=1, fsdp=1, expert=1, context=4, tensor=2), "train__num_steps": 3}, **keys)
+    if cached:
+        with pytest.raises(AssertionError, match="several hosts cannot fill it; fill it from one"):
+            two_hosts.run_on_two_hosts(cfg, tmp_path / "early", child=CHILD)
+    teach(cfg, tmp_path / "one")
+    two_hosts.run_on_two_hosts(cfg, tmp_path / "two", child=CHILD)
+    np.testing.assert_allclose(figures(tmp_path / "two"), figures(tmp_path / "one"), rtol=1e-5)
