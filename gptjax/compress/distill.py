@@ -46,7 +46,7 @@ class DistillConfig:
       loss: see `compress.divergence`; `temperature` and `beta` too.
       weight: of the divergence; the data's own loss has the rest.
       top_k: compares so many tokens, the teacher's likeliest, and all others as one; 0 compares all.
-      cache: directory where the teacher's `top_k` are kept for every run on the same rows; None keeps none.
+      cache: local directory where the teacher's `top_k` are kept for every run on the same rows; None keeps none.
       hidden_weight: of the comparison of hidden states; 0 leaves it out.
       hidden_layers: pairs of a layer of the student's and one of the teacher's, from 1, whose outputs are compared;
         none spreads the teacher's evenly over the student's.

@@ -50,13 +50,15 @@ class Key:
 
 
 class TeacherCache:
-    """The rows of one directory, local.
+    """The rows of one local directory.
 
     Raises:
-      ValueError: if the directory is the cache of something else, or unreadable.
+      ValueError: if the directory is the cache of something else, unreadable, or not local.
     """
 
     def __init__(self, directory: str | os.PathLike[str], key: Key) -> None:
+        if "://" in os.fspath(directory):
+            raise ValueError(f"distill.cache={directory}: expected a local directory, as it is memory-mapped")
         self.directory = Path(directory)
         self._key = key
         self._open: dict[int, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Pretraining, from a config and a directory to a summary.
+"""Training, from a config, a directory and a task (pretraining unless told) to a summary.
 
 A workdir holds one run: `config.json`, `ckpt/`, `metrics.jsonl`, `tensorboard/`, `summary.json` and, if
 asked for, `profile/`. Started again with the same config, a run goes on from its newest
