@@ -74,6 +74,8 @@ class DistillConfig:
             raise ValueError("hidden_layers are given, but hidden_weight=0; expected it above 0")
         if self.cache and not self.top_k:
             raise ValueError(f"cache={self.cache}: whole vocabularies are not cached; set top_k, such as 32")
+        if self.cache and "://" in self.cache:
+            raise ValueError(f"cache={self.cache}: expected a local directory, as it is memory-mapped")
         if self.cache and self.hidden_weight:
             raise ValueError("hidden states are not cached; set hidden_weight=0, or leave cache out")
         self.divergence  # noqa: B018  # which checks

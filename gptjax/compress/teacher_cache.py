@@ -53,12 +53,10 @@ class TeacherCache:
     """The rows of one local directory.
 
     Raises:
-      ValueError: if the directory is the cache of something else, unreadable, or not local.
+      ValueError: if the directory is the cache of something else, or unreadable.
     """
 
     def __init__(self, directory: str | os.PathLike[str], key: Key) -> None:
-        if "://" in os.fspath(directory):
-            raise ValueError(f"distill.cache={directory}: expected a local directory, as it is memory-mapped")
         self.directory = Path(directory)
         self._key = key
         self._open: dict[int, np.ndarray] = {}

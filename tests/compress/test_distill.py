@@ -198,6 +198,7 @@ def test_contradictions_in_the_config_are_refused():
         (dict(weight=1.5), "weight=1.5 of the teacher: expected 0 to 1"),
         (dict(temperature=-1.0), "temperature=-1.0: expected above 0"),
         (dict(top_k=-1), "top_k=-1: expected at least 0"),
+        (dict(cache="gs://x", top_k=3), "cache=gs://x: expected a local directory"),
         (dict(cache="x"), "cache=x: whole vocabularies are not cached"),
         (dict(cache="x", top_k=3, hidden_weight=1.0), "hidden states are not cached"),
         (dict(hidden_layers=((1, 1),)), "hidden_layers are given, but hidden_weight=0"),
