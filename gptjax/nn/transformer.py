@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
-from gptjax.nn.block import Block, scan_group, sum_aux
+from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -75,10 +75,36 @@ def forward(
     if cache is not None and positions_BT is None:
         raise ValueError("a cache needs positions_BT: the absolute position of every token")
     if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions_BT = _from_0(tokens_BT)
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
     module = Transformer(cfg)
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
+
+
+def forward_with_residuals(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    positions_BT: Array | None = None,
+    segment_ids_BT: Array | None = None,
+) -> tuple[ModelOutput, list[Array]]:
+    """`forward`, and the residual stream `[B, T, D]` after each layer, before the final norm."""
+    positions_BT = _from_0(tokens_BT) if positions_BT is None else positions_BT
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
+    output, kept = Transformer(cfg).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[RESIDUALS]
+    )
+    found = []
+    for i, group in enumerate(cfg.groups):
+        of_blocks = kept[RESIDUALS][f"group_{i}"]
+        for repeat in range(group.repeats):
+            found += [of_blocks[f"block_{j}"]["x_BTD"][0][repeat] for j in range(len(group.pattern))]
+    return output, found  # type: ignore[return-value]
+
+
+def _from_0(tokens_BT: Array) -> Array:
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
 def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Params]]:
@@ -93,7 +119,7 @@ def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Para
 
 def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]:
     """The residual stream `[B, T, D]` before the first layer and after each, before the final norm."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    positions_BT = _from_0(tokens_BT)
     ctx = context(cfg, positions_BT, None)
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
     found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
