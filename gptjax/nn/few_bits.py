@@ -22,8 +22,6 @@ from gptjax.parallel.mesh import platform
 from gptjax.types import Array
 
 _DTYPES = {"int8": jnp.int8, "fp8_e4m3": jnp.float8_e4m3fn}
-# With more inputs it is faster to make the values once, for XLA's product.
-_MAX_ROWS_NATIVE = 8
 _INT8_MAX = 127.0
 _FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
@@ -48,6 +46,11 @@ class _Dims(NamedTuple):
         """Of x, that the result has too."""
         return "".join(dim for dim in self.x if dim not in self.summed)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether all rows of x are multiplied with one matrix, of the kernel's own rows."""
+        return self.summed == self.ins and not set(self.lead + self.outs) & set(self.x)
+
 
 def einsum(spec: str, x: Array, kernel: QuantizedArray | RoundedKernel) -> Array:
     """`jnp.einsum(spec, x, kernel)` in the dtype of `x`; differentiable in reverse mode only."""
@@ -57,8 +60,7 @@ def einsum(spec: str, x: Array, kernel: QuantizedArray | RoundedKernel) -> Array
             x = _round_through(x, dims.axes, kernel.activations)
         return matmul.einsum(spec, x, kernel.rounded().astype(x.dtype))
     num_rows = math.prod(x.shape[dims.x.index(dim)] for dim in dims.kept)
-    few = num_rows <= _MAX_ROWS_NATIVE or kernel.activations == "int8"
-    if few and dims.summed == dims.ins and not dims.lead and _is_native(kernel):
+    if dims.is_matrix and num_rows <= _most_rows(kernel) and _is_native(kernel):
         return _native(spec, x, kernel)
     return _dequantized(spec, x, kernel)
 
@@ -123,6 +125,13 @@ _native_values.defvjp(
     lambda kernel: (_native_values(kernel), kernel),
     lambda kernel, dy: jax.vjp(quantized.dequantize_rows, kernel)[1](dy),
 )
+
+
+def _most_rows(kernel: QuantizedArray) -> float:
+    """Rows of inputs up to which `_native` is the faster: with more, values are best made once, for XLA's product."""
+    if kernel.activations != "int8":
+        return 16
+    return math.inf if kernel.format.group_size is None else 32
 
 
 def _is_native(kernel: QuantizedArray) -> bool:

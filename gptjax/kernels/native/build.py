@@ -69,7 +69,7 @@ def _key(source: Path, include: Path, command: list[str]) -> str:
         version = subprocess.run([command[0], "--version"], capture_output=True, timeout=_TIMEOUT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{command[0]} --version: {error}") from error
-    headers = [path.read_bytes() for path in sorted(include.rglob("*.h"))]
+    headers = [path.read_bytes() for path in [*sorted(source.parent.glob("*.h")), *sorted(include.rglob("*.h"))]]
     text = "\n".join([*command, *_processor()]).encode()
     return hashlib.sha256(b"\0".join([source.read_bytes(), *headers, version.stdout, text])).hexdigest()[:16]
 
