@@ -102,7 +102,8 @@ def _model(ckpt: str) -> None:
         size = sum(array.nbytes for array in jax.tree.leaves(models[name][1]))
         print(f"{name:30} {_TOKENS.value / fastest:7.1f} tokens/s {size / 1e6:7.0f} MB  {ratio:5.2f} x", flush=True)
     print(f"\nprefill of {_PROMPT_TOKENS}")
-    for name, (fastest, ratio) in _in_turn({name: functools.partial(decode, name, 1, prompt) for name in models}).items():
+    runs = {name: functools.partial(decode, name, 1, prompt) for name in models}
+    for name, (fastest, ratio) in _in_turn(runs).items():
         print(f"{name:30} {_PROMPT_TOKENS / fastest:7.0f} tokens/s {ratio:5.2f} x", flush=True)
 
 

@@ -334,6 +334,8 @@ def _nonzero(scale: Array) -> Array:
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
+    if bits == 8:
+        return codes.astype(jnp.uint8)
     per_byte = 8 // bits
     block = _block(codes.shape[-1])
     parts = codes.reshape(*codes.shape[:-1], -1, per_byte, block // per_byte).astype(jnp.uint8)

@@ -94,8 +94,6 @@ def _private(directory: Path) -> Path:
     status = directory.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise Unavailable(f"{directory}: others can write there; expected a directory of this user alone, chmod 700")
-    if not os.access(directory, os.W_OK):
-        raise Unavailable(f"{directory}: is read-only")
     return directory
 
 
