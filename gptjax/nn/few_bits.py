@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +97,8 @@ def _native(spec: str, x: Array, kernel: QuantizedArray) -> Array:
     dims = _dims(spec, kernel)
     if kernel.activations == "fp8_e4m3":
         x = _round_through(x, dims.axes, kernel.activations)
-    rounds = "int8" if kernel.activations == "int8" else "none"
-    y = native.product(rows(spec, x).astype(jnp.float32), _flat(kernel), inputs_as=rounds)
+    inputs_as: Literal["none", "int8"] = "int8" if kernel.activations == "int8" else "none"
+    y = native.product(rows(spec, x).astype(jnp.float32), _flat(kernel), inputs_as=inputs_as)
     sizes = dict(zip(dims.x, x.shape, strict=True)) | dict(zip(dims.outs, kernel.layout.out_shape, strict=True))
     split = y.reshape([sizes[dim] for dim in dims.kept + dims.outs])
     return split.transpose([(dims.kept + dims.outs).index(dim) for dim in dims.y]).astype(x.dtype)

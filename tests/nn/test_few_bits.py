@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.kernels.native import build
 from gptjax.kernels.native import few_bits as native
@@ -112,6 +113,16 @@ def test_in_loops_with_donated_buffers_and_under_vmap():
     assert np.abs(scanned(inputs(2, 64)) - wanted).max() < 1e-4
     many = jax.vmap(functools.partial(few_bits.einsum, "BD,DF->BF"), in_axes=(0, None))(inputs(3, 2, 64), leaf)
     assert_close(many, by_hand(inputs(3, 2, 64), leaf))
+
+
+@needs_library
+def test_kernels_that_lie_on_many_devices_without_a_mesh_in_use():
+    leaf = leaf_of(WeightFormat(dtype="int8", group_size=32), 64, (16,))
+    mesh = jax.make_mesh((8,), ("rows",))
+    spread = jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("rows")))
+    x = jax.device_put(inputs(2, 64), NamedSharding(mesh, PartitionSpec()))
+    y = jax.jit(functools.partial(few_bits.einsum, "BD,DF->BF"))(x, spread)
+    assert_close(y, by_hand(inputs(2, 64), leaf))
 
 
 def test_over_a_mesh_and_in_portable_programs_products_are_xlas():

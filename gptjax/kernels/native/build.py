@@ -18,11 +18,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptjax import process
+
 _SWITCH = "GPTJAX_CPU_KERNELS"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-Wno-psabi")
 _TIMEOUT_SECONDS = 180
-_DESCRIBING = ("model name", "flags", "CPU implementer", "CPU part", "Features")
 
 
 class Unavailable(Exception):
@@ -70,17 +71,8 @@ def _key(source: Path, include: Path, command: list[str]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{command[0]} --version: {error}") from error
     headers = [path.read_bytes() for path in [*sorted(source.parent.glob("*.h")), *sorted(include.rglob("*.h"))]]
-    text = "\n".join([*command, *_processor()]).encode()
+    text = "\n".join([*command, *process.processor()]).encode()
     return hashlib.sha256(b"\0".join([source.read_bytes(), *headers, version.stdout, text])).hexdigest()[:16]
-
-
-def _processor() -> list[str]:
-    """Its model and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [f"model name: {platform.machine()} {platform.processor()}"]
-    return list(dict.fromkeys(line for line in lines if line.startswith(_DESCRIBING)))
 
 
 def _directory(environ: Mapping[str, str]) -> Path:

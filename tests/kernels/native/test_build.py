@@ -42,7 +42,7 @@ def test_what_was_compiled_is_found_again_and_a_change_compiles_anew(tmp_path, s
     with monkeypatch.context() as patch:
         patch.setattr(build, "_compile", lambda *_: pytest.fail("compiled twice"))
         assert answer(source, environ) == 42
-    monkeypatch.setattr(build, "_processor", lambda: ["another one"])
+    monkeypatch.setattr(build.process, "processor", lambda: ["another one"])
     assert answer(source, environ) == 42
     assert len(libraries(tmp_path)) == 2
     source.write_text('extern "C" int answer() { return 43; }\n')
