@@ -40,15 +40,24 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "In which each format has a turn.")
 _ROWS = flags.DEFINE_multi_integer("rows", [1, 16, 512], "Inputs of a product.")
 _SHAPES = ((576, 1536), (1536, 576), (576, 49152), (2048, 8192))
 _PROMPT_TOKENS = 512
-_FORMATS: dict[str, tuple[WeightFormat, str]] = {
-    "int8": (WeightFormat(dtype="int8"), "none"),
-    "int8, 32 to a scale": (WeightFormat(dtype="int8", group_size=32), "none"),
-    "int8 x int8": (WeightFormat(dtype="int8"), "int8"),
-    "int4, 32 to a scale": (WeightFormat(dtype="int4", group_size=32), "none"),
-    "int4, 32 to a scale, x int8": (WeightFormat(dtype="int4", group_size=32), "int8"),
-    "int4, 64, zeros": (WeightFormat(dtype="int4", group_size=64, symmetric=False), "none"),
-    "int3, 64 to a scale": (WeightFormat(dtype="int3", group_size=64), "none"),
-    "int2, 64 to a scale, x int8": (WeightFormat(dtype="int2", group_size=64), "int8"),
+
+
+def _rule(
+    dtype: str, *, group_size: int | None = None, symmetric: bool = True, activations: Any = "none"
+) -> KernelRule:
+    format = WeightFormat(dtype=dtype, group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
+    return KernelRule(pattern="", weights=format, activations=activations)
+
+
+_RULES: dict[str, KernelRule] = {
+    "int8": _rule("int8"),
+    "int8, 32 to a scale": _rule("int8", group_size=32),
+    "int8 x int8": _rule("int8", activations="int8"),
+    "int4, 32 to a scale": _rule("int4", group_size=32),
+    "int4, 32 to a scale, x int8": _rule("int4", group_size=32, activations="int8"),
+    "int4, 64, zeros": _rule("int4", group_size=64, symmetric=False),
+    "int3, 64 to a scale": _rule("int3", group_size=64),
+    "int2, 64 to a scale, x int8": _rule("int2", group_size=64, activations="int8"),
 }
 
 
@@ -67,9 +76,10 @@ def _products(num_rows: int, num_inputs: int, num_outputs: int) -> None:
     x_BD = jnp.asarray(random.normal(size=(num_rows, num_inputs)), jnp.float32)
     product = jax.jit(functools.partial(linear.einsum, "BD,DF->BF"))
     kernels: dict[str, Any] = {"float32": w_DF}
-    for name, (format, activations) in _FORMATS.items():
-        layout = Layout((num_inputs,), (num_outputs,))
-        kernels[name] = quantized.quantize(w_DF, format=format, layout=layout, activations=activations)
+    layout = Layout((num_inputs,), (num_outputs,))
+    for name, rule in _RULES.items():
+        assert rule.weights is not None, "every rule here stores"
+        kernels[name] = quantized.quantize(w_DF, format=rule.weights, layout=layout, activations=rule.activations)
     calls = max(1, int(2e8 / (num_rows * num_inputs * num_outputs)))
 
     def run(kernel: Any) -> None:
@@ -87,8 +97,7 @@ def _products(num_rows: int, num_inputs: int, num_outputs: int) -> None:
 def _model(ckpt: str) -> None:
     model = gptjax.load(ckpt)
     models = {"float32": for_decoding(model.config, model.params)}
-    for name, (format, activations) in _FORMATS.items():
-        rule = KernelRule(pattern="", weights=format, activations=activations)
+    for name, rule in _RULES.items():
         cfg = dataclasses.replace(model.config, quant=QuantConfig(rules=(rule,)))
         models[name] = for_decoding(cfg, transformer.store(cfg, model.params))
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, _PROMPT_TOKENS).tolist()
