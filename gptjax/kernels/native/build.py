@@ -2,8 +2,7 @@
 
 Libraries go to `$XDG_CACHE_HOME/gptjax/native` (`~/.cache/gptjax/native`), one for each source, compiler and kind of
 processor. Each ends with a hash of itself, so that what is found damaged is compiled anew, and comes to its name in
-one step, so that any number of processes may compile at once. With GPTJAX_CPU_KERNELS=0 in the environment there are
-none, and XLA does the work, as it does without a compiler.
+one step, so that any number of processes may compile at once. The README says how to do without.
 """
 
 from __future__ import annotations
