@@ -330,6 +330,8 @@ def _nonzero(scale: Array) -> Array:
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
+    if bits == 8:
+        return codes.astype(jnp.uint8)
     per_byte = 8 // bits
     if padding := -codes.shape[-1] % _BLOCKS[-1]:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
