@@ -1,7 +1,7 @@
 """Stores a model's kernels in few bits.
 
-    python -m experiments.quantize --ckpt=runs/demo --dst=runs/demo-int4 --method=gptq --weights=int4 --calibration=book.txt
-    python -m experiments.quantize --ckpt=runs/demo --dst=runs/demo-int8 --method=rtn --weights=int8 --activations=int8
+    python -m experiments.quantize --ckpt=runs/demo --dst=runs/int4 --method=gptq --weights=int4 --calibration=book.txt
+    python -m experiments.quantize --ckpt=runs/demo --dst=runs/int8 --method=rtn --weights=int8 --activations=int8
 
 What it writes is a checkpoint like any other, for generate, evaluate and the rest. The table names every parameter, and
 why it was left where it was. The source is only read, and --dst appears whole or not at all.

@@ -86,7 +86,6 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     static = _scales(rows_OI, format, config, cost) if is_static else quantized.group_scale(rows_OI, format)
     block = format.group_size if not is_static else _divisor(num_inputs)
     size = num_inputs if format.group_size is None else format.group_size
-    alone = dataclasses.replace(format, group_size=size)
 
     def round_block(index: Array, state: tuple) -> tuple:
         weights_IO, codes_IO, scale_OG, zero_OG = state
@@ -98,8 +97,8 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
         kept_BO = rows_OI.T[inputs_B] != 0
         if not is_static:
             # The errors of an input count by what the later inputs cannot make good.
-            cost = scales.weighted(jnp.diagonal(upper_BB) ** -2, alone)
-            scale_O1, zero_O1 = _scales(jnp.where(kept_BO, own_BO, 0.0).T, alone, config, cost)
+            cost = scales.weighted(jnp.diagonal(upper_BB) ** -2, format)
+            scale_O1, zero_O1 = _scales(jnp.where(kept_BO, own_BO, 0.0).T, format, config, cost)
             scale_OG = scale_OG.at[:, inputs_B[0] // size].set(scale_O1[:, 0])
             zero_OG = None if zero_OG is None else zero_OG.at[:, inputs_B[0] // size].set(zero_O1[:, 0])
         group_B = inputs_B // size
