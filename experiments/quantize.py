@@ -70,7 +70,9 @@ def _print(result: Result, *, seconds: float) -> None:
         print(f"{leaf.path:{width}}  {leaf.bytes_before:>14,} -> {leaf.bytes_after:>14,}  {how}")
     for note in result.notes:
         print(f"note: {note}")
-    before, after = (sum(leaf[field] for leaf in result.leaves) for field in (3, 4))
+    before, after = (
+        sum(sizes) for sizes in zip(*((x.bytes_before, x.bytes_after) for x in result.leaves), strict=True)
+    )
     print(f"{'bytes':{width}}  {before:>14,} -> {after:>14,}  {after / before:.1%}, in {seconds:.0f} s")
 
 

@@ -12,15 +12,11 @@ if TYPE_CHECKING:
     from gptjax.nn.config import QuantConfig, WeightFormat
 
 _FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
-_METHOD = flags.DEFINE_enum(
-    "method", None, ["rtn", "smoothquant", "awq", "gptq"], "rtn rounds to nearest.", required=True
-)
+_METHODS = ["rtn", "smoothquant", "awq", "gptq"]
+_METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.", required=True)
 _WEIGHTS = flags.DEFINE_enum("weights", None, _FORMATS, "The numbers of the layers' kernels.", required=True)
 _GROUP_SIZE = flags.DEFINE_integer(
-    "group_size",
-    None,
-    "Inputs that share a scale, 0 for all of a row; 128 unless told, rows for 8 bits.",
-    lower_bound=0,
+    "group_size", None, "Inputs that share a scale, 0: all of a row; 128 unless told, rows for 8 bits.", lower_bound=0
 )
 _CODES = flags.DEFINE_enum(
     "codes", None, ["symmetric", "asymmetric"], "asymmetric: groups have a zero code; so unless told, but for 8 bits."
@@ -36,14 +32,11 @@ _SCALING = flags.DEFINE_enum("scaling", None, ["none", "awq", "smoothquant"], "O
 _ALPHA = flags.DEFINE_float("alpha", None, "SmoothQuant: the part of the inputs' range that kernels take over.")
 _ORDER = flags.DEFINE_enum("order", None, ["none", "activation", "group"], "GPTQ: inputs in the order of their size.")
 _SCALES = flags.DEFINE_enum(
-    "scales", None, ["reach", "search"], "GPTQ: scales reach the largest value, or are searched."
+    "scales", None, ["reach", "search", "refit"], "GPTQ: that reach the largest value, are searched, or refitted too."
 )
 _DAMPING = flags.DEFINE_float("damping", None, "GPTQ: part of the Hessian's mean diagonal added to it.")
 _SEQUENCE = flags.DEFINE_enum(
-    "sequence",
-    None,
-    ["stage", "layer", "none"],
-    "Whose errors a kernel makes good: all before it, of layers, nobody's.",
+    "sequence", None, ["stage", "layer", "none"], "Errors made good: of all before, of layers before, nobody's."
 )
 _CLIP_NORMS = flags.DEFINE_float("clip_norms", None, "Calibration tokens count as at most so many median norms.")
 
@@ -57,7 +50,8 @@ def rules() -> QuantConfig:
     from gptjax.compress import quantize
     from gptjax.nn.config import WeightFormat
 
-    embeddings = None if _EMBEDDINGS.value == "none" else WeightFormat(dtype=_EMBEDDINGS.value)
+    dtype: Any = _EMBEDDINGS.value
+    embeddings = None if dtype == "none" else WeightFormat(dtype=dtype)
     activations: Any = "fp8_e4m3" if _ACTIVATIONS.value == "fp8" else _ACTIVATIONS.value
     return quantize.rules(_weights(), activations=activations, embeddings=embeddings, leave=_LEAVE.value)
 
@@ -65,10 +59,11 @@ def rules() -> QuantConfig:
 def _weights() -> WeightFormat:
     from gptjax.nn.config import WeightFormat
 
-    has_8_bits = _WEIGHTS.value in ("int8", "fp8_e4m3")
+    dtype: Any = _WEIGHTS.value
+    has_8_bits = dtype in ("int8", "fp8_e4m3")
     group_size = (0 if has_8_bits else 128) if _GROUP_SIZE.value is None else _GROUP_SIZE.value
     symmetric = has_8_bits if _CODES.value is None else _CODES.value == "symmetric"
-    return WeightFormat(dtype=_WEIGHTS.value, group_size=group_size or None, symmetric=symmetric)
+    return WeightFormat(dtype=dtype, group_size=group_size or None, symmetric=symmetric)
 
 
 def method() -> Method:
@@ -82,12 +77,12 @@ def method() -> Method:
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
     given = {"scaling": scaling, "alpha": _ALPHA.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
-    rounding = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
+    rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
     rounding = {name: value for name, value in rounding.items() if value is not None}
     found = dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
     if rounding:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
-    unread = list(rounding) if found.rounding != "gptq" else []
+    unread = [] if found.rounding == "gptq" else list(rounding)
     unread += ["alpha"] if scaling != "smoothquant" and _ALPHA.value is not None else []
     if not found.is_calibrated:
         names = {"calibration": _CALIBRATION.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}

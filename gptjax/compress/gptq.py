@@ -38,12 +38,13 @@ class GPTQ:
       order: in which inputs are rounded. `none`: as they are; `activation`: large ones first, with the scales of the
         kernel as it was; `group`: groups of large ones first, and large ones first in them, so that a group's scale is
         that of its values when they are reached.
-      scales: of a group: `reach` its largest value, or `search` for those of least error.
+      scales: of a group: `reach` its largest value, `search` for those of least error, or `refit` them in the end too,
+        to be the best for the codes that were found (`scales.refitted`).
       damping: part of the mean diagonal of the Hessian that is added to it.
     """
 
     order: Literal["none", "activation", "group"] = "group"
-    scales: Literal["reach", "search"] = "search"
+    scales: Literal["reach", "search", "refit"] = "search"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -81,11 +82,11 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     hessian_II = _without_unseen(hessian_II)
     order_I = _order(jnp.diagonal(hessian_II), config.order, format.group_size)
     upper_II, damping = _inverse_factor(hessian_II[order_I][:, order_I], config.damping)
-    is_static = config.order == "activation" or format.group_size is None
+    size = format.group_size or num_inputs
+    is_static = config.order == "activation" or size == num_inputs
     cost = scales.weighted(jnp.diagonal(hessian_II), format)
     static = _scales(rows_OI, format, config, cost) if is_static else quantized.group_scale(rows_OI, format)
-    block = format.group_size if not is_static else _divisor(num_inputs)
-    size = num_inputs if format.group_size is None else format.group_size
+    block = _divisor(num_inputs) if is_static else size
 
     def round_block(index: Array, state: tuple) -> tuple:
         weights_IO, codes_IO, scale_OG, zero_OG = state
@@ -100,7 +101,8 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
             cost = scales.weighted(jnp.diagonal(upper_BB) ** -2, format)
             scale_O1, zero_O1 = _scales(jnp.where(kept_BO, own_BO, 0.0).T, format, config, cost)
             scale_OG = scale_OG.at[:, inputs_B[0] // size].set(scale_O1[:, 0])
-            zero_OG = None if zero_OG is None else zero_OG.at[:, inputs_B[0] // size].set(zero_O1[:, 0])
+            if zero_O1 is not None:
+                zero_OG = zero_OG.at[:, inputs_B[0] // size].set(zero_O1[:, 0])
         group_B = inputs_B // size
         zero_BO = None if zero_OG is None else zero_OG.T[group_B]
         found = _round_inputs(own_BO, upper_BB, kept_BO, scale_OG.T[group_B], zero_BO, format)
@@ -110,6 +112,8 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     codes_IO = jnp.zeros(rows_OI.T.shape, _code_dtype(format))
     state = (rows_OI.T[order_I], codes_IO, *static)
     _, codes_IO, scale_OG, zero_OG = jax.lax.fori_loop(0, num_inputs // block, round_block, state)
+    if config.scales == "refit":
+        scale_OG = scales.refitted(rows_OI, codes_IO.T, scale_OG, zero_OG, hessian_II, format=format)
     return Rounded(codes_IO.T, scale_OG, zero_OG, damping)
 
 

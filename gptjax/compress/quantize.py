@@ -153,15 +153,23 @@ def quantize(
     if method.is_calibrated:
         prepare = _prepare(quant, method)
         done = calibrate.walk(
-            cfg, params, batches, treated, sequence=method.sequence, prepare=prepare, clip=method.clip_norms, told=told
+            cfg,
+            params,
+            batches,
+            treated.treat,
+            sequence=method.sequence,
+            prepare=prepare,
+            clip=method.clip_norms,
+            told=told,
         )
     done = storage.store(quant, done, transformer.layouts(cfg))
-    assert jax.tree.structure(done) == jax.tree.structure(transformer.abstract_params(model)), "every rule is met"
+    wanted: Any = transformer.abstract_params(model)
+    assert jax.tree.structure(done) == jax.tree.structure(wanted), "every rule is met"  # type: ignore[operator]
     return Result(model, done, _leaves(quant, params, done, treated), tuple(treated.notes))
 
 
 class _Treated(NamedTuple):
-    """`calibrate.Treat`, with a record of what it did."""
+    """What `calibrate.walk` calls, with a record of what it did."""
 
     quant: QuantConfig
     method: Method
@@ -169,7 +177,7 @@ class _Treated(NamedTuple):
     errors: dict[str, list[float]]
     notes: list[str]
 
-    def __call__(self, site: Site, kernel: Array, inputs: Inputs) -> Array | QuantizedArray:
+    def treat(self, site: Site, kernel: Array, inputs: Inputs) -> Array | QuantizedArray:
         rule = storage.rule_for(self.quant, site.path)
         if rule is None or rule.weights is None:
             return kernel
@@ -212,8 +220,7 @@ def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
         return None
     if method.scaling == "smoothquant":
         return smooth.prepare(alpha=method.alpha)
-    format = next(rule.weights for rule in quant.rules if rule.weights is not None and rule.pattern == LAYERS)
-    return awq.prepare(format)
+    return awq.prepare(next(rule.weights for rule in quant.rules if rule.weights is not None))
 
 
 @functools.partial(jax.jit, static_argnames="format")

@@ -177,3 +177,21 @@ def test_searched_scales_are_the_best_of_those_tried(symmetric):
 def test_damping_is_a_part_of_the_diagonal():
     with pytest.raises(ValueError, match="damping=1.5: expected 0 to below 1"):
         GPTQ(damping=1.5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refitted_scales_are_the_least_squares_of_the_codes(symmetric):
+    format = WeightFormat(dtype="int3", group_size=16, symmetric=symmetric)
+    weights, hessian = problem(6)
+    found = {
+        kind: gptq.round_rows(weights, hessian, format=format, config=GPTQ(scales=kind)) for kind in ("search", "refit")
+    }
+    assert np.array_equal(found["search"].codes, found["refit"].codes)
+    assert loss(weights, found["refit"], hessian, format) < loss(weights, found["search"], hessian, format)
+    middle = 4 if symmetric else np.asarray(found["refit"].zero, np.float64).repeat(16, axis=1)
+    root = np.linalg.cholesky(np.asarray(hessian, np.float64))
+    steps = np.asarray(found["refit"].codes, np.float64) - middle
+    for row in range(3):
+        columns = np.stack([np.where(np.arange(INPUTS) // 16 == g, steps[row], 0) for g in range(3)])
+        best = np.linalg.lstsq((columns @ root).T, np.asarray(weights, np.float64)[row] @ root, rcond=None)[0]
+        np.testing.assert_allclose(np.asarray(found["refit"].scale, np.float64)[row], best, rtol=0.02)
