@@ -143,9 +143,9 @@ def _round_inputs(
 
 
 def _scales(rows_OI: Array, format: WeightFormat, config: GPTQ, cost: scales.Cost) -> tuple[Array, Array | None]:
-    return (
-        scales.searched(rows_OI, format, cost) if config.scales == "search" else quantized.group_scale(rows_OI, format)
-    )
+    if config.scales == "reach":
+        return quantized.group_scale(rows_OI, format)
+    return scales.searched(rows_OI, format, cost)
 
 
 def _without_unseen(hessian_II: Array) -> Array:

@@ -186,7 +186,6 @@ def test_refitted_scales_are_the_least_squares_of_the_codes(symmetric):
     found = {
         kind: gptq.round_rows(weights, hessian, format=format, config=GPTQ(scales=kind)) for kind in ("search", "refit")
     }
-    assert np.array_equal(found["search"].codes, found["refit"].codes)
     assert loss(weights, found["refit"], hessian, format) < loss(weights, found["search"], hessian, format)
     middle = 4 if symmetric else np.asarray(found["refit"].zero, np.float64).repeat(16, axis=1)
     root = np.linalg.cholesky(np.asarray(hessian, np.float64))
