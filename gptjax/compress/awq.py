@@ -46,8 +46,11 @@ def factor(weights: Params, place: folding.Fold, inputs: Mapping[str, Inputs], *
     mean = jnp.maximum(mean, jnp.maximum(_LEAST_MEAN * mean.max(-1, keepdims=True), 1e-20))
     readers = []
     for path in place.readers:
-        seen = inputs[f"{path}/kernel"]
-        readers.append((folding.rows(weights, path, seen.hessian.shape[-1]), seen.hessian))
+        hessian = inputs[f"{path}/kernel"].hessian
+        if hessian.shape[-1] % (format.group_size or 1) == 0:  # others were left as they are
+            readers.append((folding.rows(weights, path, hessian.shape[-1]), hessian))
+    if not readers:
+        return jnp.ones_like(mean)
 
     def candidate(alpha: float) -> Array:
         powers = mean**alpha

@@ -85,6 +85,10 @@ def test_embeddings_are_stored_when_asked_and_kernels_left_when_named():
     told = {leaf.path: leaf for leaf in found.leaves}
     assert told["embed/tokens"].treatment == "int8 rows, nearest" == told["head/kernel"].treatment
     assert told["group_0/block_0/mlp/down/kernel"].why == "asked to, by 'mlp/down'"
+    wide = WeightFormat(dtype="int4", group_size=16, symmetric=False)
+    odd = zoo.build("dense", d_ff=40)  # which 16 does not divide
+    found = run(odd, random_params(odd), "awq", weights=wide, leave="mlp/down")
+    assert not quantized.is_quantized(found.params["group_0"]["block_0"]["mlp"]["down"]["kernel"])
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
