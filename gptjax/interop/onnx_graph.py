@@ -14,6 +14,7 @@ already takes longer than all else; parts are joined by the names of the values 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ import jax
 from jax.extend import core
 
 OPSET = 21
+# It looks for a class that JAX 0.12 no longer has; no release that does not was there to be tried.
+_WITHOUT_JAX_0_12 = ("0.17.0", "0.17.1")
 
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
 _PART_SIZE = 60  # operations
@@ -69,7 +72,7 @@ def convert(
 
 def require_packages() -> None:
     """Raises:
-    ImportError: that says how to install what is missing.
+    ImportError: that says how to install what is missing, or which release is needed.
     """
     try:
         import onnx  # noqa: F401
@@ -81,6 +84,12 @@ def require_packages() -> None:
             f"{error}; ONNX graphs are written by jax2onnx: pip install gptjax[onnx], then pip install --no-deps "
             "jax2onnx (it asks for an orbax-checkpoint older than gptjax's, of which it uses nothing here)"
         ) from error
+    release = importlib.metadata.version("jax2onnx")
+    if jax.__version_info__ >= (0, 12) and release in _WITHOUT_JAX_0_12:
+        raise ImportError(
+            f"jax2onnx {release} does not know JAX {jax.__version__}: pip install --no-deps --upgrade jax2onnx, or "
+            "export in an environment with 'jax<0.12' (and Python 3.11)"
+        )
 
 
 def _part(flat: Any, start: int, names: dict[Any, str]) -> Any:
@@ -153,12 +162,21 @@ def _results(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
     if eqn.primitive.name in _CALLS:
         return _unrolled(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"], given)
     if eqn.primitive.name == "scan" and params["length"] == 1:
-        num_whole, num_carry = params["num_consts"] + params["num_carry"], params["num_carry"]
+        num_consts, num_carry = _scan_arity(params, given)
+        num_whole = num_consts + num_carry
         turn = [*given[:num_whole], *(jax.lax.squeeze(x, (0,)) for x in given[num_whole:])]
         found = _unrolled(params["jaxpr"], turn)
         return [*found[:num_carry], *(jax.lax.expand_dims(y, (0,)) for y in found[num_carry:])]
     found = eqn.primitive.bind(*given, **params)
     return found if eqn.primitive.multiple_results else [found]
+
+
+def _scan_arity(params: Mapping[str, Any], given: Sequence[Any]) -> tuple[int, int]:
+    """How many of a scan's operands are the same in each turn, and how many are carried."""
+    if "num_consts" in params:  # before JAX 0.12
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].update(given).unpack()
+    return len(list(consts)), len(list(carry))
 
 
 def _read(atom: Any, values: Mapping[Any, Any]) -> Any:

@@ -216,6 +216,10 @@ class MoEConfig:
             )
 
 
+MIN_GROUP_SIZE = 4
+"""Of values that share a scale of 16 bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """The numbers that a kernel is stored in; see `nn.quantized`.
@@ -230,8 +234,8 @@ class WeightFormat:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and (self.group_size < 8 or self.group_size % 8):
-            raise ValueError(f"group_size={self.group_size}: expected none or a multiple of 8")
+        if self.group_size is not None and self.group_size < MIN_GROUP_SIZE:
+            raise ValueError(f"group_size={self.group_size}: expected none or at least {MIN_GROUP_SIZE}")
         if not self.symmetric and self.dtype == "fp8_e4m3":
             raise ValueError("fp8_e4m3: has no zero code; expected symmetric=True")
 

@@ -6,7 +6,8 @@ whole row. A zero is a code, so that a pruned weight is exactly 0 in every forma
 
 Codes are packed without gaps: those of 3 bits are a plane of their low two and one of their high bit. In a plane of p
 bits a block of 32 codes is `4 * p` bytes, of which byte j holds codes j, j + 4 p, j + 8 p, ... from its low bits up;
-for 4 bits this is the order of GGUF's Q4_0, which vector units unpack with one shift.
+for 4 bits this is the order of GGUF's Q4_0, which vector units unpack with one shift. Rows that are no multiple of 32
+have blocks of 16 or 8, and are filled up to a multiple of 8.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.config import MIN_GROUP_SIZE, WeightFormat
 from gptjax.types import Array
 
 _BLOCKS = (32, 16, 8)
@@ -162,16 +163,11 @@ def check(format: WeightFormat, layout: Layout, *, path: str) -> None:
     """
     inputs, group = layout.num_inputs, format.group_size
     if group is not None and inputs % group:
-        divisors = [size for size in range(8, inputs + 1) if inputs % size == 0]
+        divisors = [size for size in range(MIN_GROUP_SIZE, inputs + 1) if inputs % size == 0]
         fitting = [size for size in divisors if size <= 256] or divisors
         raise ValueError(
             f"{path}: group_size={group} does not divide its {inputs} inputs; "
             + (f"expected one of {', '.join(map(str, fitting))}, or none" if fitting else "expected none")
-        )
-    if format.dtype not in ("int8", "fp8_e4m3") and inputs % _BLOCKS[-1]:
-        raise ValueError(
-            f"{path}: its {inputs} inputs are not a multiple of {_BLOCKS[-1]}, which packing {format.dtype} needs; "
-            "use int8 or leave it out"
         )
 
 
@@ -261,7 +257,7 @@ def unpack(leaf: QuantizedArray) -> Array:
     for plane, bits in zip(leaf.planes, _PLANES[format.bits], strict=True):
         codes = codes | (_unpack_plane(plane, bits).astype(jnp.int32) << shift)
         shift += bits
-    return codes
+    return codes[..., : leaf.layout.num_inputs]
 
 
 def quantize(kernel: Array, *, format: WeightFormat, layout: Layout, activations: str = "none") -> QuantizedArray:
@@ -335,6 +331,8 @@ def _nonzero(scale: Array) -> Array:
 
 def _pack_plane(codes: Array, bits: int) -> Array:
     per_byte = 8 // bits
+    if padding := -codes.shape[-1] % _BLOCKS[-1]:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
     block = _block(codes.shape[-1])
     parts = codes.reshape(*codes.shape[:-1], -1, per_byte, block // per_byte).astype(jnp.uint8)
     shifts = (bits * jnp.arange(per_byte, dtype=jnp.uint8))[:, None]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptjax.interop import onnx as onnx_export
+from gptjax.interop import onnx_graph
 from gptjax.interop.referees.programs import ProgramsRunner
 from gptjax.interop.runner import GptjaxRunner
 from tests.interop.portable_models import (
@@ -21,6 +22,10 @@ from tests.interop.portable_models import (
 @pytest.fixture(autouse=True)
 def _needs_packages():
     require("onnx", "onnxruntime", "jax2onnx")
+    try:
+        onnx_graph.require_packages()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", MODELS)
