@@ -112,7 +112,7 @@ def test_what_cannot_be_done_is_refused_before_any_work():
     done = run(cfg, params, "rtn")
     with pytest.raises(ValueError, match="in few bits already .* start from the checkpoint in floats"):
         run(done.model, done.params, "gptq")
-    with pytest.raises(ValueError, match=r"group_size=128 does not divide its 16 inputs; expected one of 8, 16"):
+    with pytest.raises(ValueError, match=r"group_size=128 does not divide its 16 inputs; expected one of 4, 8, 16"):
         run(cfg, params, "gptq", weights=WeightFormat(dtype="int4", group_size=128))
     with pytest.raises(ValueError, match="needs calibration text; got none"):
         run(cfg, params, "awq", text=())

@@ -22,6 +22,11 @@ def run(*flags):
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
+def test_help_is_no_error():
+    result = run("--help")
+    assert result.returncode == 0 and "python -m experiments.quantize" in result.stdout and "--method" in result.stdout
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
@@ -56,7 +61,10 @@ def test_it_writes_a_checkpoint_that_generates_and_tells_every_leaf(source, tmp_
     ("flags", "message"),
     [
         (["--method=gptq", "--weights=int4"], "--method=gptq looks at text: give --calibration"),
-        (["--method=rtn", "--weights=int4"], "group_size=128 does not divide its 32 inputs; expected one of 8, 16, 32"),
+        (
+            ["--method=rtn", "--weights=int4"],
+            "group_size=128 does not divide its 32 inputs; expected one of 4, 8, 16, 32",
+        ),
         (["--method=rtn", "--weights=int8", "--calibration=x"], "--method=rtn does not read --calibration"),
         (["--method=awq", "--weights=int8", "--calibration=x", "--damping=0.1"], "does not read --damping"),
         (["--method=smoothquant", "--weights=int8", "--calibration=x"], "give activations=int8"),
