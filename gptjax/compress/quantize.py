@@ -17,6 +17,7 @@ from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
 from gptjax.nn.quantized import QuantizedArray
+from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
 
 LAYERS = r"^group_\d+/(?!.*router)"
@@ -184,17 +185,17 @@ class _Treated(NamedTuple):
         format, method = rule.weights, self.method
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
-        flat = rows.reshape(*lead, -1, rows.shape[-1])
+        flat, hessian = _on_each_device(rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian)
         if method.rounding == "gptq":
-            codes, scale, zero, damping = gptq.round_rows(flat, inputs.hessian, format=format, config=method.gptq)
+            codes, scale, zero, damping = gptq.round_rows(flat, hessian, format=format, config=method.gptq)
             self._note_damping(site, float(damping.max()))
         else:
             if method.rounding == "clip":
-                scale, zero = awq.clipped_scales(flat, inputs.hessian, format=format)
+                scale, zero = awq.clipped_scales(flat, hessian, format=format)
             else:
                 scale, zero = quantized.group_scale(flat, format)
             codes = quantized.encode(flat, scale, zero, format)
-        self._record(site, _relative_error(flat, codes, scale, zero, inputs.hessian, format), inputs)
+        self._record(site, _relative_error(flat, codes, scale, zero, hessian, format), inputs)
         outs = rows.shape[:-1]
         scale, zero = jax.tree.map(lambda part: part.reshape(*outs, -1), (scale, zero))
         codes = codes.reshape(rows.shape)
@@ -213,6 +214,13 @@ class _Treated(NamedTuple):
                 f"{site.path}, layer {site.layer}: the Hessian is singular (too few calibration tokens?); damped by "
                 f"{damping:g} instead of {self.method.gptq.damping:g}"
             )
+
+
+def _on_each_device(rows: Array, hessian: Array) -> tuple[Array, Array]:
+    """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
+    if mesh_rules.current_mesh() is None:
+        return rows, hessian
+    return jax.device_put((rows, hessian), mesh_rules.replicated(jax.sharding.get_mesh()))
 
 
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:

@@ -91,15 +91,14 @@ def test_embeddings_are_stored_when_asked_and_kernels_left_when_named():
     assert not quantized.is_quantized(found.params["group_0"]["block_0"]["mlp"]["down"]["kernel"])
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_eight_devices_find_what_one_does(method):
-    cfg = zoo.build("moe", d_ff=64, num_heads=4)
-    params, text = random_params(cfg), batches(cfg, num=2, rows=8, length=16)
-    wanted = run(cfg, params, method, text=text)
+def test_eight_devices_find_what_one_does():
+    cfg = zoo.build("dense", d_ff=64, num_layers=1)
+    params, text = random_params(cfg), batches(cfg, num=1, rows=8, length=16)
+    wanted = run(cfg, params, "gptq", text=text)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2, rules="standard"))
     with jax.set_mesh(mesh):
         shardings = rules.tree_shardings(mesh, transformer.param_axes(cfg), transformer.abstract_params(cfg))
-        got = run(cfg, jax.tree.map(jax.device_put, params, shardings), method, text=text)
+        got = run(cfg, jax.tree.map(jax.device_put, params, shardings), "gptq", text=text)
     for a, b in zip(jax.tree.leaves(wanted.params), jax.tree.leaves(got.params), strict=True):
         assert np.mean(np.isclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-2, atol=1e-4)) > 0.97
     one, eight = (hidden(found.model, found.params, text[0]) for found in (wanted, got))
