@@ -175,7 +175,7 @@ class _Walker(NamedTuple):
     def inputs(self, block: BlockConfig, paths: Sequence[str], weights: Params, xs: list[Array]) -> dict[str, Inputs]:
         total: dict[str, Inputs] | None = None
         for x in xs:
-            _, found = _run(self.cfg, block, tuple(paths), weights, x, self.clip)
+            found = _look(self.cfg, block, tuple(paths), weights, x, self.clip)
             total = found if total is None else {path: _add(total[path], found[path]) for path in total}
         assert total is not None, "calibration has rows"
         for path, inputs in total.items():
@@ -206,6 +206,14 @@ def _run(
         ctx = transformer.context(cfg, positions_BT, None)
         y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, x_BTD, ctx, None)  # type: ignore[misc]
     return y_BTD, {path: _summary(seen, clip) for path, seen in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
+def _look(
+    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, x_BTD: Array, clip: float | None
+) -> dict[str, Inputs]:
+    """The inputs alone: the compiler leaves out what of the layer comes after them."""
+    return _run(cfg, block, paths, weights, x_BTD, clip)[1]
 
 
 def _summary(seen: Seen, clip: float | None) -> Inputs:
