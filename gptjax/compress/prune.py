@@ -2,8 +2,8 @@
 
 magnitude   `|w|`, over a whole kernel as in Han et al. 2015 (arXiv:1506.02626) and the baselines of the papers below:
             rows of large weights keep more of them
-wanda       `|w| * ||x||` with the norm of the weight's input over the calibration text, in each row (output) alone: rows
-            must not compete, as their outputs differ in scale (Sun et al. 2023, arXiv:2306.11695)
+wanda       `|w| * ||x||` with the norm of the weight's input over the calibration text, in each row (output) alone, as
+            outputs differ in scale and must not compete (Sun et al. 2023, arXiv:2306.11695)
 sparsegpt   `gptjax.compress.sparsegpt`
 
 n:m is by the same scores in every m consecutive inputs of a row. Kernels of the layers are pruned, experts one by one.

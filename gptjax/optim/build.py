@@ -86,7 +86,8 @@ class OptimConfig:
                 raise ValueError(f"{name}={value}: expected above 0; None switches it off")
         if self.prune is not None and self.ema_decay:
             raise ValueError(
-                f"ema_decay={self.ema_decay}: an average over steps that remove weights has no zeros; expected 0 with prune"
+                f"ema_decay={self.ema_decay}: an average over steps that remove weights has no zeros; "
+                "expected 0 with prune"
             )
 
 

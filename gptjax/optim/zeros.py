@@ -121,9 +121,7 @@ def prune_gradually(
             stay = sparsity_lib.kept(rows, sparsity, scope="kernel", fraction=fraction)
             return jnp.where(stay.swapaxes(-1, -2).reshape(p.shape), u, -p)
 
-        pruned = jax.lax.cond(
-            due, lambda: jax.tree_util.tree_map_with_path(leaf, updates, params), lambda: updates
-        )
+        pruned = jax.lax.cond(due, lambda: jax.tree_util.tree_map_with_path(leaf, updates, params), lambda: updates)
         return pruned, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

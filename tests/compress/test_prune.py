@@ -139,7 +139,9 @@ def test_wanda_compares_weights_times_norms_within_each_output():
     after = flat(pruned(cfg, params, "wanda", 0.5))["group_0/block_0/attention/query/kernel"][0]
     x = np.concatenate([np.asarray(transformer.residuals(cfg, params, batch)[0]) for batch in batches(cfg)])
     layer = jax.tree.map(lambda leaf: leaf[0], params["group_0"]["block_0"])
-    x = (x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * layer["attention_norm"]["scale"]).reshape(-1, 16)
+    x = (x / np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-6) * layer["attention_norm"]["scale"]).reshape(
+        -1, 16
+    )
     kernel = layer["attention"]["query"]["kernel"].reshape(16, -1)
     score = np.abs(kernel) * np.linalg.norm(x, axis=0)[:, None]
     lowest = np.argsort(score, axis=0)[:8]

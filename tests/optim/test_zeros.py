@@ -64,7 +64,9 @@ def test_the_weights_that_are_left_move_as_those_of_a_model_without_the_others(m
     before = with_zeros(model.params)
     ours, _, _ = train(model, before, 3, zeros="kept")
     for path in PRUNED:  # the same gradients where weights are, none where they are not
-        model.grads.update(_replaced(model.grads, path, jnp.where(flat(before)[path] == 0, 0.0, flat(model.grads)[path])))
+        model.grads.update(
+            _replaced(model.grads, path, jnp.where(flat(before)[path] == 0, 0.0, flat(model.grads)[path]))
+        )
     theirs, _, _ = train(model, before, 3)
     for path, leaf in flat(ours).items():
         np.testing.assert_allclose(leaf, flat(theirs)[path], rtol=1e-6, atol=1e-7, err_msg=path)
