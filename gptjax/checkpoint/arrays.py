@@ -169,7 +169,7 @@ def _read_batch(directory: epath.Path, batch: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def _read_packed(directory: epath.Path, path: str, sharding: Any, expected_checksums: Mapping[str, int]) -> Array:
-    """An array that is stored in two parts. The bitmap's checksum is verified here, that of the values by the caller."""
+    """An array stored in two parts. The bitmap's checksum is verified here, that of the values by the caller."""
     tree = nest(dict.fromkeys((path + sparse.BITMAP, path + sparse.VALUES), 0))
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)

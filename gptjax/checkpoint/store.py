@@ -1,7 +1,8 @@
 """Checkpoints of a run: `<workdir>/ckpt/<step>/{params,opt_state,extra,data,meta,assets}`.
 
 `params opt_state extra` are arrays (Orbax, OCDBT; parameters with many zeros as `checkpoint.sparse`
-says), `data` and `meta` JSON, `assets` plain files. Saving copies the arrays to host memory and returns; a thread writes them into
+says), `data` and `meta` JSON, `assets` plain files. Saving copies the arrays to host memory and
+returns; a thread writes them into
 `<step>.orbax-checkpoint-tmp` and commits by one rename (on gs:// by a marker file). So a
 directory named by its step is complete, or was damaged later: such a one stops the reader
 with its path, is never taken for absent, and never overwritten. What a kill left
@@ -113,7 +114,7 @@ class CheckpointStore:
         }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
         flat["params"] = sparse.stored(flat["params"])
-        bitmaps = {path: part for path, part in flat["params"].items() if path.endswith(sparse.BITMAP)}
+        bitmaps = {path: np.asarray(part) for path, part in flat["params"].items() if path.endswith(sparse.BITMAP)}
         sums |= {f"params/{path}": stream.bit_sum(part) for path, part in bitmaps.items()}
         sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
         meta = dataclasses.replace(meta, step=step, created=meta_lib.now(), score=score, checksums=sums)
