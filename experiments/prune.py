@@ -3,9 +3,9 @@
     python -m experiments.prune --ckpt=runs/demo --dst=runs/half --method=sparsegpt --sparsity=0.5 --calibration=a.txt
     python -m experiments.prune --ckpt=runs/demo --dst=runs/small --width=0.75 --depth=6 --calibration=a.txt
 
-Single weights become zeros, which the checkpoint stores compactly; experiments.pretrain goes on from it, and keeps them,
-with --config.train.init_from=<dst> --config.optim.zeros=kept. The others leave a smaller model of the same kind. Both
-may be asked for at once. The table names every parameter, and why it was left. The source is only read, and --dst
+Single weights become zeros, which the checkpoint stores compactly; experiments.pretrain goes on from it, and keeps
+them, with --config.train.init_from=<dst> --config.optim.zeros=kept. The others leave a smaller model of the same kind.
+Both may be asked for at once. The table names every parameter, and why it was left. The source is only read, and --dst
 appears whole or not at all.
 """
 

@@ -5,9 +5,9 @@ heads     attention heads, in groups that share a key/value head
 depth     layers
 experts   of mixtures
 
-Each takes `(cfg, params, batches, size)` and gives `(cfg, params)`. A hidden unit or group of heads is worth what it adds
-to the layer's output, `tr(W_g H_gg W_g')` with `H = sum x x'` of the output projection's inputs and `W_g` its weights
-for them. What stays of that projection is then fitted to the whole's outputs,
+Each takes `(cfg, params, batches, size)` and gives `(cfg, params)`. A hidden unit or group of heads is worth what it
+adds to the layer's output, `tr(W_g H_gg W_g')` with `H = sum x x'` of the output projection's inputs and `W_g` its
+weights for them. What stays of that projection is then fitted to the whole's outputs,
 
     W_S += W_R H_RS (H_SS + damping)^-1
 

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.compress import structured
 from gptjax.nn import transformer
-from gptjax.nn.config import LayerGroup, MoEConfig
+from gptjax.nn.config import LayerGroup
 from tests.nn import zoo
 from tests.tiny import random_params
 
@@ -138,9 +138,9 @@ def test_experts_are_worth_their_routed_length():
 
 
 def test_one_after_the_other_and_shared_layers_too():
-    cfg = zoo.build("dense", num_layers=3)
-    block = cfg.blocks[0]
-    for cfg in (cfg, dataclasses.replace(cfg, groups=(LayerGroup(pattern=(block,), repeats=3, shared=True),))):
+    dense = zoo.build("dense", num_layers=3)
+    group = LayerGroup(pattern=dense.blocks[:1], repeats=3, shared=True)
+    for cfg in (dense, dataclasses.replace(dense, groups=(group,))):
         params = random_params(cfg)
         for name, size in (("heads", 2), ("width", 0.75)):
             cfg, params = structured.METHODS[name](cfg, params, batches(cfg), size)
