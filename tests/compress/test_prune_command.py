@@ -17,7 +17,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from tests.tiny import TINY, random_params
 
 REPOSITORY = Path(__file__).parents[2]
-CFG = dataclasses.replace(TINY, vocab_size=384, seq_len=64, d_model=32, d_ff=64, num_layers=3).build()
+CFG = dataclasses.replace(TINY, vocab_size=384, seq_len=64, d_model=32, d_ff=128, num_layers=3).build()
 TOKENIZER = tokenizer_lib.byte_level()
 
 
@@ -47,7 +47,7 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
     assert "group_0/block_0/mlp/up/kernel" in result.stdout and "50.0% zeros" in result.stdout
     assert "embeddings and head stay" in result.stdout and "on disk" in result.stdout
     model = gptjax.load(tmp_path / "out")
-    assert (model.config.num_layers, model.config.blocks[0].mlp.d_ff) == (2, 32)
+    assert (model.config.num_layers, model.config.blocks[0].mlp.d_ff) == (2, 64)
     up = np.asarray(model.params["group_0"]["block_0"]["mlp"]["up"]["kernel"]).swapaxes(-1, -2)
     assert np.all((up.reshape(-1, 4) != 0).sum(-1) == 2)
     first, entry = model.meta.lineage
