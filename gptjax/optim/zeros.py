@@ -31,7 +31,7 @@ from gptjax.types import Array, Params
 
 @dataclass(frozen=True, kw_only=True)
 class GradualConfig:
-    """Magnitude pruning during training.
+    """Magnitude pruning during training: `--config.optim.prune='{"sparsity": 0.5, "first_step": 0, "last_step": 800}'`.
 
     Attributes:
       sparsity: at the end; see `optim.sparsity.parse`.
