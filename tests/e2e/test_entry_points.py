@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("prepare_data", "pretrain", "evaluate", "generate", "demo")
+NAMES = ("prepare_data", "pretrain", "evaluate", "generate", "demo", "prune")
 CONFIG = "--config=configs/demo.py"
 
 
