@@ -136,7 +136,7 @@ def read(
       ValueError: naming the arrays that are not what was saved.
     """
     files = _files(directory)
-    stored, packed = sparse.shapes(files), sparse.packed_paths(files)
+    stored, packed = sparse.shapes(files), sparse.bitmaps(files)
     # In the stored dtype first: a checksum cannot be verified after a cast.
     placed = {
         path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype, sharding=_sharding(leaf))
@@ -147,7 +147,7 @@ def read(
         dense = {path: leaf for path, leaf in batch.items() if path not in packed}
         values = _read_batch(directory, dense) if dense else {}
         for path in batch.keys() - dense.keys():
-            values[path] = _read_packed(directory, path, batch[path].sharding, expected_checksums)
+            values[path] = _read_packed(directory, path, packed[path], batch[path].sharding, expected_checksums)
         damaged = [p for p, total in checksums(values).items() if total != expected_checksums.get(p, total)]
         if damaged:
             raise ValueError(f"{', '.join(damaged[:5])}: the values are not those that were saved (checksum)")
@@ -168,18 +168,18 @@ def _read_batch(directory: epath.Path, batch: Mapping[str, jax.ShapeDtypeStruct]
     return flatten(restored)
 
 
-def _read_packed(directory: epath.Path, path: str, sharding: Any, expected_checksums: Mapping[str, int]) -> Array:
+def _read_packed(
+    directory: epath.Path, path: str, bitmap: str, sharding: Any, expected_checksums: Mapping[str, int]
+) -> Array:
     """An array stored in two parts. The bitmap's checksum is verified here, that of the values by the caller."""
-    tree = nest(dict.fromkeys((path + sparse.BITMAP, path + sparse.VALUES), 0))
+    tree = nest({bitmap: 0, path + sparse.VALUES: 0})
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-    bitmap, values = (
-        flatten(handler().restore(directory, args=args))[path + part] for part in (sparse.BITMAP, sparse.VALUES)
-    )
-    total = stream.bit_sum(bitmap)
-    if total != expected_checksums.get(path + sparse.BITMAP, total):
+    parts = flatten(handler().restore(directory, args=args))
+    total = stream.bit_sum(parts[bitmap])
+    if total != expected_checksums.get(bitmap, total):
         raise ValueError(f"{path}: the places of its values are not those that were saved (checksum)")
-    array = sparse.unpack(sparse.Packed(bitmap, values))
+    array = sparse.unpack(sparse.Packed(parts[bitmap], parts[path + sparse.VALUES], sparse.size_of(bitmap)))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -1,8 +1,9 @@
 """Arrays with many zeros on disk: which values are not zero, a bit each, and those values.
 
-An array `a/kernel` of shape `[..., n]` is then two, `a/kernel/nonzero_bitmap`, uint8 `[..., n / 8]` with the first of
-eight values in the lowest bit, and `a/kernel/nonzero_values`, in the order of the array. Shape and dtype follow from
-them. Zero is what has no bit set, so -0.0 comes back as such, and the checksum of the values is that of the array.
+An array `a/kernel` of shape `[..., n]` is then two, `a/kernel/nonzero_bitmap_n` (such as `_576`), uint8 with `n` bits
+in as few bytes, the first in the lowest bit, and `a/kernel/nonzero_values`, in the order of the array. Shape and dtype
+follow from them. Zero is what has no bit set, so -0.0 comes back as such, and the checksum of the values is that of the
+array.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from absl import logging
 
 from gptjax.types import Array
 
-BITMAP, VALUES = "/nonzero_bitmap", "/nonzero_values"
+VALUES = "/nonzero_values"
+_BITMAP = "/nonzero_bitmap_"
 
 _MIN_SIZE = 4096
 _MAX_FRACTION = 0.9
@@ -26,16 +28,17 @@ _MAX_FRACTION = 0.9
 
 
 class Packed(NamedTuple):
-    """An array as it is stored; see the module."""
+    """An array as it is stored; see the module. `size` is its last dimension."""
 
     bitmap: np.ndarray
     values: np.ndarray
+    size: int
 
 
 def pack(array: np.ndarray) -> Packed:
-    """The parts of an array whose last dimension is a multiple of 8."""
+    """The parts of an array of at least one dimension."""
     nonzero = _bits(array) != 0
-    return Packed(np.packbits(nonzero, axis=-1, bitorder="little"), array[nonzero])
+    return Packed(np.packbits(nonzero, axis=-1, bitorder="little"), array[nonzero], array.shape[-1])
 
 
 def unpack(packed: Packed) -> np.ndarray:
@@ -44,7 +47,7 @@ def unpack(packed: Packed) -> np.ndarray:
     Raises:
       ValueError: if there are more or fewer values than bits.
     """
-    nonzero = np.unpackbits(packed.bitmap, axis=-1, bitorder="little").astype(bool)
+    nonzero = np.unpackbits(packed.bitmap, axis=-1, count=packed.size, bitorder="little").astype(bool)
     if int(nonzero.sum()) != packed.values.size:
         raise ValueError(f"{packed.values.size:,} values for {int(nonzero.sum()):,} bits of the bitmap")
     array = np.zeros(nonzero.shape, packed.values.dtype)
@@ -52,21 +55,22 @@ def unpack(packed: Packed) -> np.ndarray:
     return array
 
 
-def packed_paths(stored: Iterable[str]) -> set[str]:
-    """The arrays that are stored in two parts, from the paths of what is stored."""
-    return {path.removesuffix(VALUES) for path in stored if path.endswith(VALUES)}
+def bitmaps(stored: Iterable[str]) -> dict[str, str]:
+    """Of the arrays that are stored in two parts, the paths of their bitmaps, from the paths of what is stored."""
+    return {path.rpartition(_BITMAP)[0]: path for path in stored if _BITMAP in path}
+
+
+def size_of(bitmap: str) -> int:
+    """The last dimension of the array, from the path of its bitmap."""
+    return int(bitmap.rpartition(_BITMAP)[2])
 
 
 def shapes(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Shapes and dtypes of the arrays, from those of what is stored."""
-    found = {}
-    for path, leaf in stored.items():
-        if path.endswith(BITMAP):
-            whole = path.removesuffix(BITMAP)
-            shape = (*leaf.shape[:-1], 8 * leaf.shape[-1])
-            found[whole] = jax.ShapeDtypeStruct(shape, stored[whole + VALUES].dtype)
-        elif not path.endswith(VALUES):
-            found[path] = leaf
+    found = {path: leaf for path, leaf in stored.items() if _BITMAP not in path and not path.endswith(VALUES)}
+    for path, bitmap in bitmaps(stored).items():
+        shape = (*stored[bitmap].shape[:-1], size_of(bitmap))
+        found[path] = jax.ShapeDtypeStruct(shape, stored[path + VALUES].dtype)
     return found
 
 
@@ -80,14 +84,15 @@ def stored(flat: Mapping[str, Array]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, leaf in flat.items():
         if path in chosen - elsewhere:
-            found[path + BITMAP], found[path + VALUES] = pack(np.asarray(leaf))
+            packed = pack(np.asarray(leaf))
+            found[f"{path}{_BITMAP}{packed.size}"], found[path + VALUES] = packed.bitmap, packed.values
         else:
             found[path] = leaf
     return found
 
 
 def _may_be_packed(leaf: Array) -> bool:
-    return leaf.ndim >= 2 and leaf.size >= _MIN_SIZE and leaf.shape[-1] % 8 == 0
+    return leaf.ndim >= 2 and leaf.size >= _MIN_SIZE
 
 
 def _pays(leaf: Array, count: int) -> bool:
@@ -111,11 +116,12 @@ class Slices:
 
     Args:
       bitmap, values: arrays that are read when they are indexed and `read` is called on what that gives.
+      size: the array's last dimension.
       sliced_dims: how many leading dimensions a slice has an index for.
     """
 
-    def __init__(self, bitmap: Any, values: Any, sliced_dims: int) -> None:
-        self._bitmap, self._values = bitmap, values
+    def __init__(self, bitmap: Any, values: Any, *, size: int, sliced_dims: int) -> None:
+        self._bitmap, self._values, self._size = bitmap, values, size
         self._lead = tuple(bitmap.shape[:sliced_dims])
         self._starts: np.ndarray | None = None
 
@@ -124,7 +130,7 @@ class Slices:
         starts = self._found_starts()
         number = int(np.ravel_multi_index(index, self._lead)) if index else 0
         values = self._values[int(starts[number]) : int(starts[number + 1])].read().result()
-        return unpack(Packed(self._bitmap[index].read().result(), values))
+        return unpack(Packed(self._bitmap[index].read().result(), values, self._size))
 
     def _found_starts(self) -> np.ndarray:
         """Where the values of each slice begin: after those of all before it, which the bitmap counts."""

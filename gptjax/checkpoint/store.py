@@ -114,8 +114,8 @@ class CheckpointStore:
         }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
         flat["params"] = sparse.stored(flat["params"])
-        bitmaps = {path: np.asarray(part) for path, part in flat["params"].items() if path.endswith(sparse.BITMAP)}
-        sums |= {f"params/{path}": stream.bit_sum(part) for path, part in bitmaps.items()}
+        bitmaps = sparse.bitmaps(flat["params"]).values()
+        sums |= {f"params/{path}": stream.bit_sum(np.asarray(flat["params"][path])) for path in bitmaps}
         sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
         meta = dataclasses.replace(meta, step=step, created=meta_lib.now(), score=score, checksums=sums)
         items: dict[str, Any] = {

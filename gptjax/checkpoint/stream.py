@@ -77,10 +77,10 @@ class ArraysReader:
     """
 
     def __init__(self, directory: pathlib.Path, sliced_dims: Mapping[str, int]) -> None:
-        packed = sparse.packed_paths(_stored_paths(directory)) & sliced_dims.keys()
-        files = {path: dims for path, dims in sliced_dims.items() if path not in packed}
-        for path in packed:
-            files |= {path + sparse.BITMAP: sliced_dims[path], path + sparse.VALUES: 0}
+        bitmaps = {p: bitmap for p, bitmap in sparse.bitmaps(_stored_paths(directory)).items() if p in sliced_dims}
+        files = {path: dims for path, dims in sliced_dims.items() if path not in bitmaps}
+        for path, bitmap in bitmaps.items():
+            files |= {bitmap: sliced_dims[path], path + sparse.VALUES: 0}
         # What is read once need not be kept: memory would grow to the limit.
         self._arrays = _open_all(directory, files, cache_bytes=0)
         pieces = [_piece_bytes(array, files[path]) for path, array in self._arrays.items()]
@@ -88,9 +88,12 @@ class ArraysReader:
             self._arrays = _open_all(directory, files, cache_bytes=max(pieces))
         self._packed = {
             path: sparse.Slices(
-                self._arrays[path + sparse.BITMAP], self._arrays[path + sparse.VALUES], sliced_dims[path]
+                self._arrays[bitmap],
+                self._arrays[path + sparse.VALUES],
+                size=sparse.size_of(bitmap),
+                sliced_dims=sliced_dims[path],
             )
-            for path in packed
+            for path, bitmap in bitmaps.items()
         }
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:

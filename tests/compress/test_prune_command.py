@@ -54,7 +54,7 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
     assert first == {"stage": "pretrain"} and entry["stage"] == "prune" and entry["calibration"]["rows"] == 4
     assert entry["done"] == ["depth=2", "width=0.5", "sparsegpt, sparsity=2:4"]
     assert json.dumps(entry) and len(model.complete(["The"], max_new_tokens=3)[0].tokens) == 3
-    assert sparse.packed_paths(arrays._files(tmp_path / "out" / "params"))
+    assert sparse.bitmaps(arrays._files(tmp_path / "out" / "params"))
 
 
 @pytest.mark.parametrize(
