@@ -13,6 +13,7 @@ stay, as do norms and biases.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def prune(
         pruned = _by_inputs(flat, inputs, sparsity) if method == "wanda" else _by_hessian(flat, inputs, sparsity)
         return site.layout.from_rows(pruned.reshape(rows.shape))
 
-    return cfg, calibrate.walk(cfg, params, batches, treat, sequence=sequence, clip=clip, told=told)
+    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    return cfg, calibrate.walk(plain, params, batches, treat, sequence=sequence, clip=clip, told=told)
 
 
 def check(cfg: ModelConfig, sparsity: Sparsity) -> None:

@@ -294,7 +294,8 @@ def _fit(
         found.setdefault(site.path, []).append(np.asarray(stay))
         return site.layout.from_rows(fitted)
 
-    fitted = calibrate.walk(cfg, params, batches, treat)
+    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    fitted = calibrate.walk(plain, params, batches, treat)
     shared = {f"group_{i}" for i, group in enumerate(cfg.groups) if group.shared}
     return fitted, {
         path: stays[0] if path.partition("/")[0] in shared else np.stack(stays) for path, stays in found.items()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.compress import prune, sparsegpt
-from gptjax.nn import transformer
+from gptjax.nn import quantized, transformer
 from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
 from gptjax.optim import sparsity as sparsity_lib
 from gptjax.parallel import rules
@@ -216,3 +216,24 @@ def test_eight_devices_prune_as_one_does(name, method):
         # these few rows makes them count in the third digit.
         assert np.mean((leaf == 0) == (alone[path] == 0)) > 0.98, path
         assert np.mean(np.abs(leaf - alone[path]) < 0.02) > 0.98, path
+
+
+def test_a_model_that_is_trained_rounded_is_pruned_as_its_floats():
+    rules = (KernelRule(pattern="mlp", weights=WeightFormat(dtype="int8")),)
+    cfg = zoo.build("dense")
+    training = dataclasses.replace(cfg, quant=QuantConfig(rules=rules, stage="train"))
+    params = random_params(cfg)
+    found = flat(pruned(training, params, "wanda", "2:4"))
+    assert all(np.array_equal(leaf, found[path]) for path, leaf in flat(pruned(cfg, params, "wanda", "2:4")).items())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_are_zeros_in_few_bits(symmetric):
+    cfg = zoo.build("dense")
+    params = pruned(cfg, random_params(cfg), "magnitude", "2:4")
+    rules = (KernelRule(pattern="group_", weights=WeightFormat(dtype="int4", group_size=8, symmetric=symmetric)),)
+    stored = transformer.store(dataclasses.replace(cfg, quant=QuantConfig(rules=rules)), params)
+    for path, layout in prune.pruned_layouts(cfg).items():
+        leaf = functools.reduce(lambda tree, name: tree[name], path.split("/"), stored)
+        rows = np.asarray(layout.to_rows(jnp.asarray(flat(params)[path])))
+        assert np.all(np.asarray(quantized.dequantize_rows(leaf))[rows == 0] == 0)
