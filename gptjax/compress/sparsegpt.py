@@ -104,41 +104,49 @@ def _prune_one(rows_RI: Array, hessian: Array, damping: float, sparsity: Sparsit
 
 
 def _block(w_BR: Array, upper_BB: Array, valid_B: Array, sparsity: Sparsity) -> tuple[Array, Array]:
-    """The block's weights, and each column's error over its diagonal."""
+    """The block's weights, and each column's error over its diagonal.
+
+    A column is brought up to date when its turn comes, by a product with the errors so far: moving all later ones each
+    time would write the whole block for every column.
+    """
     block, num_rows = w_BR.shape
-    diagonal_B = jnp.diagonal(upper_BB)
-    group = sparsity.group or block
+    diagonal_B1 = jnp.diagonal(upper_BB)[:, None]
+    weight_BB = jnp.triu(upper_BB, 1).T  # row c: what the errors before c add to column c
 
-    def score(w: Array, diagonal: Array) -> Array:
-        return jnp.square(w / diagonal[:, None])
+    def updated(errors: Array, start: Array | int, size: int) -> Array:
+        """Columns `start` to `start + size` after the errors so far; those of later columns are 0."""
+        return _slice(w_BR, start, size) - _slice(weight_BB, start, size) @ errors
 
-    def decide(start: Array, w: Array) -> Array:
-        """Which weights of `group` inputs stay."""
-        some = jax.lax.dynamic_slice(w, (start, 0), (group, num_rows))
-        scores = score(some, jax.lax.dynamic_slice(diagonal_B, (start,), (group,)))
-        if sparsity.group is not None:
-            return sparsity_lib.kept(scores.T, sparsity, scope="row").T
-        scores = jnp.where(valid_B[:, None], scores, jnp.inf)
-        num = jnp.floor(valid_B.sum() * num_rows * sparsity.fraction).astype(jnp.int32)
-        return sparsity_lib.keep_highest(scores.reshape(-1), num).reshape(scores.shape)
+    def do_column(column: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        errors, stay = carry
+        value = updated(errors, column, 1) / _slice(diagonal_B1, column, 1)
+        error = jnp.where(_slice(stay, column, 1), 0.0, value)
+        return jax.lax.dynamic_update_slice(errors, error, (column, 0)), stay
 
     def do_group(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        start = index * group
-        stay = decide(start, carry[0])
+        errors, stay = carry
+        assert sparsity.group is not None, "only n:m has groups"
+        start = index * sparsity.group
+        cost = jnp.square(updated(errors, start, sparsity.group) / _slice(diagonal_B1, start, sparsity.group))
+        own = sparsity_lib.kept(cost.T, sparsity, scope="row").T
+        stay = jax.lax.dynamic_update_slice(stay, own, (start, 0))
+        return jax.lax.fori_loop(start, start + sparsity.group, do_column, (errors, stay))
 
-        def do_column(offset: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            w, errors = carry
-            column = start + offset
-            row = jax.lax.dynamic_slice(upper_BB, (column, 0), (1, block))[0]
-            value = jnp.where(stay[offset], w[column], 0.0)
-            error = (w[column] - value) / row[column]
-            later = jnp.arange(block) > column
-            w = w - jnp.where(later, row, 0.0)[:, None] * error
-            return w.at[column].set(value), errors.at[column].set(error)
+    errors = jnp.zeros_like(w_BR)
+    if sparsity.group is not None:
+        everything = jnp.ones(w_BR.shape, bool)
+        errors, stay = jax.lax.fori_loop(0, block // sparsity.group, do_group, (errors, everything))
+    else:
+        cost = jnp.where(valid_B[:, None], jnp.square(w_BR / diagonal_B1), jnp.inf)
+        num = jnp.floor(valid_B.sum() * num_rows * sparsity.fraction).astype(jnp.int32)
+        stay = sparsity_lib.keep_highest(cost.reshape(-1), num).reshape(cost.shape)
+        errors, stay = jax.lax.fori_loop(0, block, do_column, (errors, stay))
+    return jnp.where(stay, updated(errors, 0, block), 0.0), errors
 
-        return jax.lax.fori_loop(0, group, do_column, carry)
 
-    return jax.lax.fori_loop(0, block // group, do_group, (w_BR, jnp.zeros_like(w_BR)))
+def _slice(array: Array, start: Array | int, size: int) -> Array:
+    """Rows `start` to `start + size`."""
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
 
 
 def _refit(rows_RI: Array, start_RI: Array, hessian: Array, num_steps: int) -> Array:
