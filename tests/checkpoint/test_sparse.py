@@ -19,7 +19,8 @@ from tests.nn import zoo
 from tests.tiny import random_params
 
 CFG = zoo.build("moe", d_model=64, d_ff=132, num_layers=3, vocab_size=128)
-LARGER = zoo.build("dense", d_model=128, d_ff=512, num_layers=4, vocab_size=64)
+# Large enough that what the files have besides arrays, some 30 kB, counts for little.
+LARGER = zoo.build("dense", d_model=128, d_ff=2048, num_layers=4, vocab_size=64)
 INT8 = QuantConfig(rules=(KernelRule(pattern="^(?!.*router)", weights=WeightFormat(dtype="int8")),))
 
 
