@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("prepare_data", "pretrain", "evaluate", "generate", "distill", "demo")
+NAMES = (
+    "prepare_data",
+    "pretrain",
+    "evaluate",
+    "generate",
+    "distill",
+    "quantize",
+    "prune",
+    "compress_report",
+    "demo",
+)
 CONFIG = "--config=configs/demo.py"
 
 
