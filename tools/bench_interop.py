@@ -10,11 +10,13 @@ JSON line each. Needs three times the size on disk; what it made is removed unle
 from __future__ import annotations
 
 import json
+import os
 import pathlib
-import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -100,19 +102,24 @@ def _seconds_to_kill(num_bytes: int) -> float | None:
 
 def _run(command: list[str], *, after: float | None) -> dict[str, Any]:
     """Runs a command to its end; its seconds and peak memory, both runs where it is killed once."""
-    began, kills = time.perf_counter(), 0
+    began, kills, peak = time.perf_counter(), 0, 0
     if after is not None:
         process = subprocess.Popen(command)
-        try:
-            process.wait(after)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills = 1
-    status = subprocess.run(command, check=False).returncode
-    # Of all children so far; the later commands could only hide in the shadow of a larger one before.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"status": status, "kills": kills, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak}
+        killer = threading.Timer(after, process.kill)
+        killer.start()
+        status, peak = _waited(process)
+        killer.cancel()
+        kills = int(status == -signal.SIGKILL)
+    status, last = _waited(subprocess.Popen(command))
+    seconds = time.perf_counter() - began
+    return {"status": status, "kills": kills, "seconds": seconds, "peak_memory_bytes": max(peak, last)}
+
+
+def _waited(process: subprocess.Popen) -> tuple[int, int]:
+    """A process's exit status and its own peak resident memory, which `getrusage` only has of all children so far."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * 1024
 
 
 def _pairs(source: pathlib.Path, exported: pathlib.Path) -> Any:
