@@ -59,7 +59,7 @@ setup(
     description="GPT-class language models in JAX: data, pretraining, evaluation, generation, from a laptop to a pod",
     python_requires=">=3.11",
     packages=find_packages(include=["gptjax", "gptjax.*"]),
-    package_data={"gptjax": ["py.typed"], "gptjax.eval": ["*.css"]},
+    package_data={"gptjax": ["py.typed"], "gptjax.eval": ["*.css"], "gptjax.kernels.native": ["*.cc", "*.h"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -114,6 +114,13 @@ def muon(*, learning_rate: float, warmup_steps: int, **rest: Any) -> ConfigDict:
     )  # fmt: skip
 
 
+def distill(teacher: str = "", **rest: Any) -> ConfigDict:
+    """The `distill` section of a student's config: forward KL to the whole distribution, half of the loss."""
+    return ConfigDict(
+        dict(teacher=teacher, loss="forward_kl", temperature=1.0, weight=0.5, top_k=0, hidden_weight=0.0) | rest
+    )
+
+
 def mesh(**sizes: int) -> ConfigDict:
     """The `mesh` section: all devices on `data`, unless the sizes put them elsewhere.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging as python_logging
 import os
 import re
@@ -50,6 +51,24 @@ def start(main: Callable[[], int | None]) -> None:
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["debug"])
     compilation_cache.configure()
     app.run(run, flags_parser=_parse)
+
+
+def train(run: Callable[[], Mapping[str, object]]) -> int:
+    """Connects the processes of the job, trains, and prints the summary that `run` returns; the exit status."""
+    # Imported late: JAX must not be touched before the processes of a job are connected.
+    from gptjax.kernels import cpu
+    from gptjax.parallel import hosts, mesh
+
+    cpu.configure_training()
+    hosts.initialize()
+    if mesh.platform() == "cpu":
+        cpu.keep_freed_memory()
+    if not hosts.is_lead():
+        logging.set_verbosity(logging.WARNING)
+    summary = run()
+    if hosts.is_lead():
+        print(json.dumps(summary, indent=2))
+    return STOPPED if summary["outcome"] == "stopped" else 0
 
 
 def print_table(rows: Mapping[str, object]) -> None:

@@ -15,7 +15,8 @@ import platform
 from collections.abc import MutableMapping
 from pathlib import Path
 
-_DESCRIBING = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+from gptjax import process
+
 # As `parallel.hosts` reads them: of a job step, since a shell in an allocation for several tasks is one process.
 _PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -47,10 +48,5 @@ def directory(environ: MutableMapping[str, str] = os.environ) -> Path:
 
 def _fingerprint() -> str:
     """A hash of the processor's model and features, and of jaxlib's release."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [f"model name: {platform.processor()}"]
-    cores = dict.fromkeys(line for line in lines if line.startswith(_DESCRIBING))
-    text = "\n".join([*cores, importlib.metadata.version("jaxlib")])
+    text = "\n".join([*process.processor(), importlib.metadata.version("jaxlib")])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -12,56 +12,20 @@ by a signal (start it again to go on).
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from absl import flags
 
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from experiments import common, run_config_flag
 
-from experiments import common
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file; --config.section.key=value sets a key, also one that the file leaves at its default.",
-    accept_new_attributes=True,
-    lock_config=False,
-)
+_CONFIG = run_config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.", required=True)
-
-
-class _Unlocked(flags.ArgumentParser):
-    """Undoes the lock of config files: `RunConfig` knows better which keys there are, and which is nearest."""
-
-    def __init__(self, parser: flags.ArgumentParser) -> None:
-        self._parser = parser
-
-    def parse(self, argument: str) -> Any:
-        config = self._parser.parse(argument)
-        return config.unlock() if isinstance(config, ConfigDict) else config
-
-
-flags.FLAGS["config"].parser = _Unlocked(flags.FLAGS["config"].parser)
 
 
 def main() -> int:
     # Imported late: JAX must not be touched before the processes of a job are connected.
     from gptjax import config as config_lib
-    from gptjax.kernels import cpu
-    from gptjax.parallel import hosts, mesh
     from gptjax.train.run import RunConfig, run
 
-    cpu.configure_training()
-    hosts.initialize()
-    if mesh.platform() == "cpu":
-        cpu.keep_freed_memory()
-    if not hosts.is_lead():
-        logging.set_verbosity(logging.WARNING)
-    cfg = config_lib.from_dict(RunConfig, _CONFIG.value)
-    summary = run(cfg, _WORKDIR.value)
-    if hosts.is_lead():
-        print(json.dumps(summary, indent=2))
-    return common.STOPPED if summary["outcome"] == "stopped" else 0
+    return common.train(lambda: run(config_lib.from_dict(RunConfig, _CONFIG.value), _WORKDIR.value))
 
 
 if __name__ == "__main__":

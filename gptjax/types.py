@@ -25,7 +25,7 @@ Params = Mapping[str, Any]
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of packed tokens; every field is `[B, T]`.
+    """Rows of packed tokens; every field but the last is `[B, T]`.
 
     Attributes:
       tokens: int32 inputs.
@@ -33,6 +33,7 @@ class Batch:
       loss_mask: float32 weight of each target; 0 at padding and wherever no loss is wanted.
       segment_ids: int32 document number within the row, from 1; 0 marks padding.
       positions: int32 position within the document, from 0.
+      teacher: what a teacher said of each position, a tree of `[B, T, ...]`; empty where none did.
     """
 
     tokens: Array
@@ -40,6 +41,7 @@ class Batch:
     loss_mask: Array
     segment_ids: Array
     positions: Array
+    teacher: Any = ()
 
 
 class Mean(NamedTuple):

@@ -11,6 +11,7 @@ import ml_collections
 import pytest
 
 from gptjax import config
+from gptjax.compress.distill import DistillRun
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import mesh
 from gptjax.train.setup import RunConfig
@@ -122,14 +123,14 @@ def test_every_key_is_read_somewhere():
     nodes = [node for path in package.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     read |= set(mesh.AXES)  # read by name
-    pending, seen = [RunConfig, ModelConfig], set()
+    pending, seen = [RunConfig, ModelConfig, DistillRun], set()
     while pending:
         cls = pending.pop()
         seen.add(cls)
         for name, hint in get_type_hints(cls).items():
             assert name in read, f"{cls.__name__}.{name}"
             pending += [part for part in parts_of(hint) if is_dataclass(part) and part not in seen]
-    assert {"OptimConfig", "MoEConfig", "MLAConfig", "RopeScaling", "DataConfig", "MeshConfig"} <= {
+    assert {"DistillConfig", "OptimConfig", "MoEConfig", "MLAConfig", "RopeScaling", "DataConfig", "MeshConfig"} <= {
         c.__name__ for c in seen
     }
 

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from gptjax.checkpoint import sparse, stream
 from gptjax.types import Array
 
 _CAST_BATCH_FRACTION = 8
@@ -81,8 +82,17 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 def save_args(flat: Mapping[str, Array]) -> dict[str, ocp.SaveArgs]:
     """How each array is cut into pieces that are read whole: a large stack of layers by layer."""
     # A stack in one piece would have to fit in the memory of whoever wants one layer of it.
-    by_layer = ocp.SaveArgs(chunk_byte_size=_STACK_BYTES, shard_axes=(0,))
-    return {path: by_layer if _is_large_stack(path, leaf) else ocp.SaveArgs() for path, leaf in flat.items()}
+    by_layer, in_pieces = (
+        ocp.SaveArgs(chunk_byte_size=_STACK_BYTES, shard_axes=(0,)),
+        ocp.SaveArgs(chunk_byte_size=_STACK_BYTES),
+    )
+
+    def args(path: str, leaf: Any) -> ocp.SaveArgs:
+        if path.endswith(sparse.VALUES) and leaf.nbytes > _STACK_BYTES:
+            return in_pieces
+        return by_layer if _is_large_stack(path, leaf) else ocp.SaveArgs()
+
+    return {path: args(path, leaf) for path, leaf in flat.items()}
 
 
 def _is_large_stack(path: str, leaf: Array) -> bool:
@@ -90,7 +100,12 @@ def _is_large_stack(path: str, leaf: Array) -> bool:
 
 
 def stored_shapes(directory: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes in an item's directory, by path."""
+    """Shapes and dtypes of the arrays in an item's directory, by path."""
+    return sparse.shapes(_files(directory))
+
+
+def _files(directory: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """As `stored_shapes`, of what is really there: arrays with many zeros are in two parts."""
     tree = handler().metadata(directory).tree
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(tree).items()}
 
@@ -120,7 +135,8 @@ def read(
     Raises:
       ValueError: naming the arrays that are not what was saved.
     """
-    stored = stored_shapes(directory)
+    files = _files(directory)
+    stored, packed = sparse.shapes(files), sparse.bitmaps(files)
     # In the stored dtype first: a checksum cannot be verified after a cast.
     placed = {
         path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype, sharding=_sharding(leaf))
@@ -128,7 +144,10 @@ def read(
     }
     found: dict[str, Array] = {}
     for batch in _batches(placed, wanted):
-        values = _read_batch(directory, batch)
+        dense = {path: leaf for path, leaf in batch.items() if path not in packed}
+        values = _read_batch(directory, dense) if dense else {}
+        for path in batch.keys() - dense.keys():
+            values[path] = _read_packed(directory, path, packed[path], batch[path].sharding, expected_checksums)
         damaged = [p for p, total in checksums(values).items() if total != expected_checksums.get(p, total)]
         if damaged:
             raise ValueError(f"{', '.join(damaged[:5])}: the values are not those that were saved (checksum)")
@@ -147,6 +166,21 @@ def _read_batch(directory: epath.Path, batch: Mapping[str, jax.ShapeDtypeStruct]
         ),
     )
     return flatten(restored)
+
+
+def _read_packed(
+    directory: epath.Path, path: str, bitmap: str, sharding: Any, expected_checksums: Mapping[str, int]
+) -> Array:
+    """An array stored in two parts. The bitmap's checksum is verified here, that of the values by the caller."""
+    tree = nest({bitmap: 0, path + sparse.VALUES: 0})
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
+    parts = flatten(handler().restore(directory, args=args))
+    total = stream.bit_sum(parts[bitmap])
+    if total != expected_checksums.get(bitmap, total):
+        raise ValueError(f"{path}: the places of its values are not those that were saved (checksum)")
+    array = sparse.unpack(sparse.Packed(parts[bitmap], parts[path + sparse.VALUES], sparse.size_of(bitmap)))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _batches(

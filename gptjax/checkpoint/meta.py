@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +67,13 @@ def make(
         score=None,
         checksums={},
     )
+
+
+def params_hash(meta: Meta) -> str:
+    """Tells a checkpoint's parameters apart from all others: SHA-256 of their checksums and the model, as hex."""
+    params = {name: value for name, value in meta.checksums.items() if name.startswith("params/")}
+    content = json.dumps([params, config.to_dict(meta.model)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def now() -> str:

@@ -21,6 +21,7 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.directory import DIRECTORY, absolute, committed_steps, require_committed
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.narration import first_line, quiet_orbax
+from gptjax.nn import storage, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.types import Params
 
@@ -87,6 +88,7 @@ def restore_params(
     meta = read_meta(directory)
     with _unreadable(directory, "params"):
         stored = arrays.stored_shapes(directory / "params")
+    fixed = storage.stored_names(transformer.abstract_params(meta.model)) if meta.model.quant else frozenset()
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         places = dict.fromkeys(stored, shardings)
     else:
@@ -94,7 +96,7 @@ def restore_params(
     wanted = {
         name: jax.ShapeDtypeStruct(
             leaf.shape,
-            jnp.dtype(dtype) if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype,
+            leaf.dtype if dtype is None or name in fixed or not _is_float(leaf) else jnp.dtype(dtype),
             sharding=places[name],
         )
         for name, leaf in stored.items()
@@ -103,7 +105,22 @@ def restore_params(
     kept = _read_flat(directory, "opt_state", {path: wanted[name] for name, path in averages.items()}, meta)
     found = {name: kept[path] for name, path in averages.items()}
     found |= _read_flat(directory, "params", {n: leaf for n, leaf in wanted.items() if n not in averages}, meta)
-    return meta, arrays.nest({name: found[name] for name in wanted})
+    return meta, _tree(meta.model, {name: found[name] for name in wanted}, path=directory)
+
+
+def _tree(model: ModelConfig, found: Mapping[str, Any], *, path: epath.Path) -> Params:
+    """The parameters of a model as its code takes them, from arrays by name."""
+    if model.quant is None:
+        return arrays.nest(found)
+    wanted = transformer.abstract_params(model)
+    lines = list(arrays.mismatches(arrays.flatten(wanted), found))
+    if lines:
+        raise ValueError(f"params/{lines[0]} in {path}; was it written by another version?")
+    return jax.tree.unflatten(jax.tree.structure(wanted), [found[name] for name in arrays.flatten(wanted)])
+
+
+def _is_float(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _average_names(directory: epath.Path, params: Mapping[str, Any]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: `<workdir>/ckpt/<step>/{params,opt_state,extra,data,meta,assets}`.
 
-`params opt_state extra` are arrays (Orbax, OCDBT), `data` and `meta` JSON, `assets` plain
-files. Saving copies the arrays to host memory and returns; a thread writes them into
+`params opt_state extra` are arrays (Orbax, OCDBT; parameters with many zeros as `checkpoint.sparse`
+says), `data` and `meta` JSON, `assets` plain files. Saving copies the arrays to host memory and
+returns; a thread writes them into
 `<step>.orbax-checkpoint-tmp` and commits by one rename (on gs:// by a marker file). So a
 directory named by its step is complete, or was damaged later: such a one stops the reader
 with its path, is never taken for absent, and never overwritten. What a kill left
@@ -22,7 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from gptjax.checkpoint import arrays, files, reading
+from gptjax.checkpoint import arrays, files, reading, sparse, stream
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.directory import DIRECTORY, absolute, committed_steps, remove, remove_uncommitted
 from gptjax.checkpoint.meta import Meta
@@ -112,6 +113,9 @@ class CheckpointStore:
             for item, tree in trees.items()
         }
         sums = {f"{item}/{path}": s for item, leaves in flat.items() for path, s in arrays.checksums(leaves).items()}
+        flat["params"] = sparse.stored(flat["params"])
+        bitmaps = sparse.bitmaps(flat["params"]).values()
+        sums |= {f"params/{path}": stream.bit_sum(np.asarray(flat["params"][path])) for path in bitmaps}
         sums |= {f"assets/{name}": zlib.crc32(content) for name, content in (assets or {}).items()}
         meta = dataclasses.replace(meta, step=step, created=meta_lib.now(), score=score, checksums=sums)
         items: dict[str, Any] = {

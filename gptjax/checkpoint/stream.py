@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from gptjax.checkpoint import sparse
+
 _DICT_KEY = 2  # Orbax's KeyType.DICT
 
 
@@ -75,15 +77,35 @@ class ArraysReader:
     """
 
     def __init__(self, directory: pathlib.Path, sliced_dims: Mapping[str, int]) -> None:
+        bitmaps = {p: bitmap for p, bitmap in sparse.bitmaps(_stored_paths(directory)).items() if p in sliced_dims}
+        files = {path: dims for path, dims in sliced_dims.items() if path not in bitmaps}
+        for path, bitmap in bitmaps.items():
+            files |= {bitmap: sliced_dims[path], path + sparse.VALUES: 0}
         # What is read once need not be kept: memory would grow to the limit.
-        self._arrays = _open_all(directory, sliced_dims, cache_bytes=0)
-        pieces = [_piece_bytes(array, sliced_dims[path]) for path, array in self._arrays.items()]
+        self._arrays = _open_all(directory, files, cache_bytes=0)
+        pieces = [_piece_bytes(array, files[path]) for path, array in self._arrays.items()]
         if any(pieces):
-            self._arrays = _open_all(directory, sliced_dims, cache_bytes=max(pieces))
+            self._arrays = _open_all(directory, files, cache_bytes=max(pieces))
+        self._packed = {
+            path: sparse.Slices(
+                self._arrays[bitmap],
+                self._arrays[path + sparse.VALUES],
+                size=sparse.size_of(bitmap),
+                sliced_dims=sliced_dims[path],
+            )
+            for path, bitmap in bitmaps.items()
+        }
 
     def read(self, path: str, index: tuple[int, ...]) -> np.ndarray:
         """`array[index]`."""
+        if path in self._packed:
+            return self._packed[path].read(index)
         return self._arrays[path][index].read().result()
+
+
+def _stored_paths(directory: pathlib.Path) -> list[str]:
+    metadata = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in metadata.values()]
 
 
 def _open_all(directory: pathlib.Path, paths: Iterable[str], *, cache_bytes: int) -> dict[str, Any]:

@@ -9,9 +9,10 @@ anyone, whatever the number of hosts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -71,6 +72,8 @@ class TrainData:
         self._batch_size = cfg.batch_size
         self._seq_len = seq_len
         self._seed = seed
+        self._packing = cfg.packing
+        self._teacher_fn: Callable[[Sequence[int]], Any] | None = None
         fingerprint = tokenizer.load(cfg.tokenizer).fingerprint
         # A config that was stored and read back may have its keys in another order.
         self._mixture = mixture.Mixture(dict(sorted(cfg.train.items())))
@@ -81,20 +84,45 @@ class TrainData:
         return _MANY_STEPS
 
     def __getitem__(self, step: int) -> Batch:
-        batch = packing.empty_batch(len(self._rows), self._seq_len)
-        for at, row in enumerate(self._rows):
-            source, number = self._mixture.pick(step * self._batch_size + row)
+        return self.batch(self.row_numbers(step))
+
+    def row_numbers(self, step: int) -> list[int]:
+        """The global numbers of this host's rows of a step."""
+        return [step * self._batch_size + row for row in self._rows]
+
+    def batch(self, row_numbers: Sequence[int]) -> Batch:
+        """The training rows of these global numbers; they depend on `order` alone."""
+        batch = packing.empty_batch(len(row_numbers), self._seq_len)
+        for at, row in enumerate(row_numbers):
+            source, number = self._mixture.pick(row)
             plan = self._plans[source]
             epoch, index = divmod(number, plan.num_rows)
             key = mixture.stream_key(self._seed, source, epoch)
             spans = plan.spans(mixture.permute(index, plan.num_rows, key=key))
             packing.fill_row(batch, at, self._stores[source], spans)
-        return batch
+        return batch if self._teacher_fn is None else dataclasses.replace(batch, teacher=self._teacher_fn(row_numbers))
+
+    def annotated(self, teacher_fn: Callable[[Sequence[int]], Any]) -> TrainData:
+        """The same data, whose batches have for `teacher` what the function gives for their row numbers."""
+        data = copy.copy(self)
+        data._teacher_fn = teacher_fn
+        return data
 
     @property
     def contents(self) -> dict[str, str]:
         """The checksum of each source's tokens."""
         return {name: store.content for name, store in zip(self._mixture.names, self._stores, strict=True)}
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """All that decides which tokens the row of a number has, wherever the stores are."""
+        quotas = [int(quota) for quota in self._mixture.quotas]
+        return {
+            "sources": [list(pair) for pair in zip(self.contents.values(), quotas, strict=True)],
+            "seed": self._seed,
+            "seq_len": self._seq_len,
+            "packing": self._packing,
+        }
 
     def summary(self) -> str:
         """A line for each source: its share of the rows, and what an epoch of it is."""

@@ -61,6 +61,53 @@ def line_chart(series: Sequence[Series], *, format_y: Callable[[float], str], lo
     return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """One labelled point; `style` is the CSS class that colours it."""
+
+    name: str
+    x: float
+    y: float
+    style: str
+
+
+def scatter_chart(dots: Sequence[Dot], *, format_y: Callable[[float], str], log_y: bool = False) -> str:
+    """Labelled points, with a line through those that no other is below and to the left of (the Pareto front).
+
+    Values that are not finite (or, on a log axis, not positive) are left out.
+    """
+    dots = [dot for dot in dots if math.isfinite(dot.x + dot.y) and (dot.y > 0 or not log_y)]
+    if not dots:
+        return '<p class="empty">nothing measured</p>'
+    axes = _Axes([(0.0, dots[0].y), *((dot.x, dot.y) for dot in dots)], log_y=log_y)
+    path = "".join(
+        f"{'L' if i else 'M'}{axes.x(x):.1f},{axes.y(y):.1f}"
+        for i, (x, y) in enumerate(pareto_front([(dot.x, dot.y) for dot in dots]))
+    )
+    parts = [axes.grid(format_y, "{:,.4g}".format), f'<path class="line faint" d="{path}"/>']
+    taken: list[tuple[float, float]] = []
+    for dot in sorted(dots, key=lambda dot: (dot.y, dot.x)):
+        x, y = axes.x(dot.x), axes.y(dot.y)
+        # A label steps up until it covers no other.
+        while any(abs(x - other_x) < 110 and abs(y - other_y) < 13 for other_x, other_y in taken):
+            y -= 4
+        taken.append((x, y))
+        anchor, shift = ("end", -8) if x > WIDTH * 0.75 else ("start", 8)
+        parts.append(axes.dot((dot.x, dot.y), dot.style))
+        parts.append(_text("dot-name", x + shift, y + 4, html.escape(dot.name), anchor=anchor))
+    label = html.escape(", ".join(f"{dot.name} {format_y(dot.y)}" for dot in dots))
+    return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def pareto_front(points: Points) -> list[tuple[float, float]]:
+    """The points that no other is at most as large as in both, by x."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
 def bar_chart(bars: Sequence[Bar], *, format_value: Callable[[float], str]) -> str:
     """Horizontal bars from zero, in the order given."""
     if not bars:
@@ -151,7 +198,7 @@ class _Axes:
     def dot(self, point: tuple[float, float], style: str) -> str:
         return f'<circle class="dot {style}" cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" r="3.4"/>'
 
-    def grid(self, format_y: Callable[[float], str]) -> str:
+    def grid(self, format_y: Callable[[float], str], format_x: Callable[[float], str] = "{:,.0f}".format) -> str:
         y_ticks = log_ticks(self.y_low, self.y_high) if self._log_y else ticks(self.y_low, self.y_high, 5)
         parts = []
         for value in y_ticks:
@@ -159,7 +206,7 @@ class _Axes:
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(_text("tick", _LEFT - 9, y + 4, format_y(value), anchor="end"))
         for value in ticks(self.x_low, self.x_high, 6):
-            parts.append(_text("tick", self.x(value), HEIGHT - 8, f"{value:,.0f}", anchor="middle"))
+            parts.append(_text("tick", self.x(value), HEIGHT - 8, format_x(value), anchor="middle"))
         base = HEIGHT - _BOTTOM
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
         return "".join(parts)

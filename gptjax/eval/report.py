@@ -106,7 +106,7 @@ def render(report: Report) -> str:
         ("Parameters", "", _parameters(report.parameters)),
         ("Configuration", "as resolved", _config(report.config)),
     ]
-    body = "".join(_section(title, note, content) for title, note, content in sections if content)
+    body = "".join(section(title, note, content) for title, note, content in sections if content)
     title = html.escape(report.title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -117,7 +117,8 @@ def render(report: Report) -> str:
     )
 
 
-def _section(title: str, note: str, content: str) -> str:
+def section(title: str, note: str, content: str) -> str:
+    """A card of a page."""
     slug = title.lower().split(",")[0].replace(" ", "-")
     note = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return f'\n<section id="{slug}"><h2>{html.escape(title)}</h2>{note}{content}</section>'

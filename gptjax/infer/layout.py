@@ -10,6 +10,7 @@ import jax
 
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig, MoEConfig
 from gptjax.nn.linear import compute_dtype
+from gptjax.nn.quantized import is_quantized
 from gptjax.parallel.mesh import platform
 from gptjax.types import Array, Params
 
@@ -26,9 +27,8 @@ def for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]
     """
     apart = layers_apart(cfg)
     dtype = compute_dtype(cfg.dtype, platform())
-    wrong_dtype = any(
-        leaf.dtype != dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_cast(path)
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    wrong_dtype = any(leaf.dtype != dtype for path, leaf in leaves if _is_cast(path, leaf))
     if apart == cfg and not wrong_dtype:
         return cfg, params
     return apart, _lay_out(cfg, params)
@@ -42,7 +42,11 @@ def layers_apart(cfg: ModelConfig) -> ModelConfig:
 @functools.partial(jax.jit, static_argnums=0)
 def _lay_out(cfg: ModelConfig, params: Params) -> Params:
     dtype = compute_dtype(cfg.dtype, platform())
-    params = jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if _is_cast(path) else x, params)
+
+    def cast(path: tuple, leaf: Any) -> Any:
+        return leaf.astype(dtype) if _is_cast(path, leaf) else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantized)
     out = {name: value for name, value in params.items() if not name.startswith("group_")}
     layers: list[Any] = []
     for i, group in enumerate(cfg.groups):
@@ -78,7 +82,7 @@ def _layer(stacked: Array, *, index: int) -> Array:
     return stacked[index : index + 1]
 
 
-def _is_cast(path: tuple) -> bool:
-    """Weights that products or look-ups convert to the compute dtype anyway; routers compute in float32."""
+def _is_cast(path: tuple, leaf: Any) -> bool:
+    """Float weights that products or look-ups convert to the compute dtype anyway; routers compute in float32."""
     keys = [entry.key for entry in path]
-    return keys[-1] in ("kernel", "tokens", "positions") and "router" not in keys
+    return not is_quantized(leaf) and keys[-1] in ("kernel", "tokens", "positions") and "router" not in keys

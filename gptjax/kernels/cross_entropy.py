@@ -77,6 +77,17 @@ def chunked_loss(
     return loss_sum, jax.lax.stop_gradient(metrics)
 
 
+def chunked_map(fn: Callable[[Array], Any], hidden_BTD: Array, *, num_chunks: int) -> Any:
+    """A function of positions on one chunk of them at a time, cut as `chunked_loss` cuts; not to be differentiated.
+
+    Args:
+      fn: `[B, T / num_chunks, D] -> ` a tree of `[B, T / num_chunks, ...]`.
+    """
+    if num_chunks == 1:
+        return fn(hidden_BTD)
+    return jax.tree.map(_join, jax.lax.map(fn, _split(hidden_BTD, num_chunks=num_chunks)))
+
+
 def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: int | None = None) -> int:
     """The fewest chunks of a sequence whose float32 logits fit in `max_bytes`.
 

@@ -23,6 +23,9 @@ from gptjax.types import Array
 # Up to this many repeats are unrolled on CPU, where a loop hinders fusion across layers.
 _MAX_UNROLL_ON_CPU = 16
 
+# Flax's one collection that `init` never fills.
+RESIDUALS = "intermediates"
+
 
 def remat_policy(name: str) -> Callable[..., Any] | None:
     """Which values the forward pass keeps for the backward pass; the rest is computed again.
@@ -72,6 +75,7 @@ class Block(nn.Module):
 
         x_BTD = self._branch("attention", attend, x_BTD)
         x_BTD = self._branch("mlp", feed_forward, x_BTD)
+        self.sow(RESIDUALS, "x_BTD", x_BTD)  # nothing, unless who applies the model asks for it
         return x_BTD, cache, aux
 
     def _branch(self, name: str, fn: Callable[[Array], Array], x_BTD: Array) -> Array:
@@ -115,7 +119,7 @@ def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str | N
         body = nn.remat(body, policy=remat_policy(remat), prevent_cse=_unroll(group) > 1)
     scanned = nn.scan(
         body,
-        variable_axes={} if group.shared else {"params": 0},
+        variable_axes={RESIDUALS: 0} if group.shared else {"params": 0, RESIDUALS: 0},
         variable_broadcast="params" if group.shared else False,
         split_rngs={"params": not group.shared},
         in_axes=(0, nn.broadcast),

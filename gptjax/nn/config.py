@@ -216,6 +216,64 @@ class MoEConfig:
             )
 
 
+MIN_GROUP_SIZE = 4
+"""Of values that share a scale of 16 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """The numbers that a kernel is stored in; see `nn.quantized`.
+
+    Attributes:
+      group_size: consecutive inputs that share a scale; None: all inputs of an output do.
+      symmetric: the middle code is 0; otherwise each group has a code for it.
+    """
+
+    dtype: Literal["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size < MIN_GROUP_SIZE:
+            raise ValueError(f"group_size={self.group_size}: expected none or at least {MIN_GROUP_SIZE}")
+        if not self.symmetric and self.dtype == "fp8_e4m3":
+            raise ValueError("fp8_e4m3: has no zero code; expected symmetric=True")
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.dtype == "fp8_e4m3" else int(self.dtype.removeprefix("int"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRule:
+    """How the kernels whose path matches are stored or trained.
+
+    Attributes:
+      pattern: regular expression, searched for in paths such as `group_0/block_1/attention/query/kernel`.
+      weights: None leaves them as they are.
+      activations: what the kernels' inputs are rounded to, row by row.
+    """
+
+    pattern: str
+    weights: WeightFormat | None = None
+    activations: Literal["none", "int8", "fp8_e4m3"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Numbers of few bits in a model.
+
+    Attributes:
+      rules: of each kernel the first that matches counts; those without one are left as they are.
+      stage: `stored` kernels are `nn.quantized.QuantizedArray`s; `train` kernels are floats that each product rounds,
+        passing gradients through (quantisation-aware training).
+    """
+
+    rules: tuple[KernelRule, ...]
+    stage: Literal["stored", "train"] = "stored"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One layer: attention and a feed-forward part, each inside a residual branch.
@@ -259,6 +317,7 @@ class ModelConfig:
       logit_softcap: logits become `cap * tanh(logits / cap)`.
       dtype: of activations; `auto` is bfloat16 on accelerators and float32 on CPU.
       remat: what the backward pass recomputes; see `nn.block.remat_policy`.
+      quant: kernels in few bits.
     """
 
     vocab_size: int
@@ -273,6 +332,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     dtype: DType = "auto"
     remat: Remat = "none"
+    quant: QuantConfig | None = None
 
     @property
     def num_layers(self) -> int:

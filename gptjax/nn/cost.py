@@ -8,6 +8,7 @@ count the active ones. Recomputation is not counted.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ class Flops:
 def count(cfg: ModelConfig) -> Counts:
     """Counts parameters from shapes, so that what exists is what is counted."""
     total = inactive = embedding = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)):
+    floats = abstract_params(dataclasses.replace(cfg, quant=None))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(floats):
         names = [str(key.key) for key in path]
         size = math.prod(leaf.shape)
         total += size

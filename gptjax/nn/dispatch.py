@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 
 from gptjax.kernels.grouped import place
 from gptjax.nn.config import MoEConfig
-from gptjax.nn.linear import einsum, grouped
+from gptjax.nn.linear import AnyKernel, einsum, grouped
 from gptjax.nn.mlp import activate
+from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import is_portable, platform
 from gptjax.types import Array
 
-Weights = Mapping[str, tuple[Array, Array | None]]
+Weights = Mapping[str, tuple[AnyKernel, Array | None]]
 """`up`, `down` and, where gated, `gate`: kernel `[E, in, out]` and bias `[E, out]` or None."""
 
 
@@ -72,7 +73,7 @@ def apply_experts(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Ar
     length = "act_length" if cfg.capacity_factor is None else None
     tokens = rules.fitted_spec(mesh, ("act_batch", length, None), x_BTD.shape)
     specs = {name: _weight_specs(mesh, name, kernel, bias) for name, (kernel, bias) in weights.items()}
-    experts, _, hidden = specs["up"][0]
+    experts, _, hidden = rules.fitted_spec(mesh, _UP, weights["up"][0].shape)
     run = jax.shard_map(
         functools.partial(local, cfg, _Axes.of(mesh, tokens[0], experts, hidden)),
         mesh=mesh,
@@ -97,11 +98,14 @@ def _portable(cfg: MoEConfig, x_BTD: Array, index_BTA: Array, weight_BTA: Array,
     return jax.lax.platform_dependent(*operands, cpu=dense, default=functools.partial(_dropless, cfg, _Axes()))
 
 
-def _weight_specs(mesh: Mesh, name: str, kernel: Array, bias: Array | None) -> tuple[Any, Any]:
+_UP, _DOWN = ("experts", None, "mlp"), ("experts", "mlp", None)
+
+
+def _weight_specs(mesh: Mesh, name: str, kernel: AnyKernel, bias: Array | None) -> tuple[Any, Any]:
     """The partitions of a projection's kernel and bias; an axis that does not divide a dimension leaves it whole."""
-    up, down = ("experts", None, "mlp"), ("experts", "mlp", None)
-    names = down if name == "down" else up
-    kernel_spec = rules.fitted_spec(mesh, names, kernel.shape)
+    names = _DOWN if name == "down" else _UP
+    stored = (names[0], names[2], names[1]) if isinstance(kernel, QuantizedArray) else names  # rows of outputs
+    kernel_spec = jax.tree.map(lambda array: rules.fitted_spec(mesh, stored, array.shape), kernel)
     return kernel_spec, None if bias is None else rules.fitted_spec(mesh, (names[0], names[2]), bias.shape)
 
 

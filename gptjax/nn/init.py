@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gptjax.nn.quantized import Layout
 from gptjax.types import Array, Params
 
 
@@ -28,10 +29,12 @@ class Declared(nn.Partitioned):
 
     Attributes:
       std: standard deviation of the normal distribution around `constant`.
+      layout: of a kernel that may be stored in few bits; None for all else.
     """
 
     std: float = flax.struct.field(default=0.0, pytree_node=False)
     constant: float = flax.struct.field(default=0.0, pytree_node=False)
+    layout: Layout | None = flax.struct.field(default=None, pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The value; Flax would read the logical names as mesh axes and, under a mesh, fail."""
@@ -40,13 +43,18 @@ class Declared(nn.Partitioned):
 
 
 def declare(
-    shape: Sequence[int], axes: Sequence[str | None], *, std: float = 0.0, constant: float = 0.0
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    *,
+    std: float = 0.0,
+    constant: float = 0.0,
+    layout: Layout | None = None,
 ) -> Callable[[Array], Any]:
     """An initializer for `Module.param` that records what `draw` needs."""
 
     def boxed(_: Array) -> Any:
         value = jnp.full(tuple(shape), constant, jnp.float32)
-        return Declared(value, names=tuple(axes), std=std, constant=constant)
+        return Declared(value, names=tuple(axes), std=std, constant=constant, layout=layout)
 
     return boxed
 

@@ -5,7 +5,8 @@ Low-precision and factored kernels enter here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +14,51 @@ from flax import linen as nn
 
 from gptjax.kernels import matmul
 from gptjax.kernels.grouped import Groups, grouped_matmul
-from gptjax.nn import init
+from gptjax.nn import few_bits, init, taps
+from gptjax.nn.quantized import Kernel as AnyKernel
+from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
+from gptjax.nn.taps import Tapped
 from gptjax.types import Array
 
+_OUTPUTS = "NHF"
+_NOT_PLAIN = (QuantizedArray, RoundedKernel, Tapped)
 
-def einsum(spec: str, x: Array, kernel: Array) -> Array:
-    """`jnp.einsum(spec, x, kernel)` with the kernel cast to the dtype of `x`."""
+
+def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
+    """`jnp.einsum(spec, x, kernel)` with the kernel in the dtype of `x`."""
+    if isinstance(kernel, Tapped):
+        taps.record(kernel, few_bits.rows(spec, x))
+        return einsum(spec, x, kernel.kernel)
+    if isinstance(kernel, QuantizedArray | RoundedKernel):
+        return few_bits.einsum(spec, x, kernel)
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
 
 
-def project(x_BTD: Array, weights: Sequence[tuple[Array, Array | None]]) -> list[Array]:
+def project(x_BTD: Array, weights: Sequence[tuple[AnyKernel, Array | None]]) -> list[Array]:
     """`x_BTD @ kernel + bias` for each kernel `[D, ...]` and bias; see `kernels.matmul.project`."""
-    products = matmul.project(x_BTD, [kernel.astype(x_BTD.dtype) for kernel, _ in weights])
-    biases = [bias for _, bias in weights]
+    kernels, biases = zip(*weights, strict=True)
+    if any(isinstance(kernel, _NOT_PLAIN) for kernel in kernels):
+        letters = [_OUTPUTS[: kernel.ndim - 1] for kernel in kernels]
+        products = [einsum(f"BTD,D{out}->BT{out}", x_BTD, k) for out, k in zip(letters, kernels, strict=True)]
+    else:
+        products = matmul.project(x_BTD, [kernel.astype(x_BTD.dtype) for kernel in kernels])
     return [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(products, biases, strict=True)]
 
 
-def grouped(x_MD: Array, kernel_EDF: Array, groups: Groups) -> Array:
+def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
     """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
+    if isinstance(kernel_EDF, Tapped):
+        taps.record(kernel_EDF, x_MD, groups)
+        return grouped(x_MD, kernel_EDF.kernel, groups)
+    if isinstance(kernel_EDF, QuantizedArray | RoundedKernel):
+        x_MD, kernel_EDF = few_bits.operands(x_MD, kernel_EDF)
     return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), groups)
+
+
+def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any]) -> Any:
+    """A parameter of a module: a float one as declared, or what stands in its place in few bits."""
+    found = module.get_variable("params", name)
+    return found if isinstance(found, _NOT_PLAIN) else module.param(name, init_fn)
 
 
 class Kernel(nn.Module):
@@ -53,9 +80,12 @@ class Kernel(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[AnyKernel, Array | None]:
         std = self.scale * init.fan_in_std(self.shape, self.in_dims)
-        kernel = self.param("kernel", init.declare(self.shape, self.axes, std=std))
+        ins = [self.shape[dim] for dim in self.in_dims]
+        assert tuple(self.in_dims) == tuple(range(self.batch_dims, self.batch_dims + len(ins))), "inputs come first"
+        layout = Layout(tuple(ins), tuple(self.shape[self.batch_dims + len(ins) :]))
+        kernel = stored(self, "kernel", init.declare(self.shape, self.axes, std=std, layout=layout))
         if not self.bias:
             return kernel, None
         kept = [dim for dim in range(len(self.shape)) if dim < self.batch_dims or dim not in self.in_dims]

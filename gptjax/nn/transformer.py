@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gptjax.nn import rope
+from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
-from gptjax.nn.block import Block, scan_group, sum_aux
+from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
-from gptjax.nn.linear import compute_dtype, einsum
+from gptjax.nn.linear import compute_dtype, einsum, stored
 from gptjax.nn.norm import Norm
+from gptjax.nn.quantized import Kernel, Layout, look_up, transposed
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import platform
 from gptjax.parallel.rules import constrain
@@ -26,20 +27,31 @@ from gptjax.types import Array, ModelOutput, Params
 
 
 def init(cfg: ModelConfig, rng: Array) -> Params:
-    """Initial float32 parameters, a nested dict."""
-    return draw(_abstract_boxed(cfg), rng)
+    """Initial parameters, a nested dict: float32, and what `cfg.quant` stores in few bits rounded to those."""
+    return store(cfg, draw(_abstract_boxed(cfg), rng))
+
+
+def store(cfg: ModelConfig, params: Params) -> Params:
+    """Float parameters with the kernels that `cfg.quant` stores in few bits rounded to the nearest of those.
+
+    Raises:
+      ValueError: naming a kernel that cannot be stored so.
+    """
+    abstract_params(cfg)  # which checks
+    return storage.store(cfg.quant, params, layouts(cfg))
 
 
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters; nothing is allocated."""
-    return nn.unbox(_abstract_boxed(cfg))
+    return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
 @functools.lru_cache(maxsize=64)
 def param_axes(cfg: ModelConfig) -> Params:
     """The logical axes of each parameter: a tree of tuples of names with the parameters' structure."""
-    return jax.tree.map(lambda box: tuple(box.names), _abstract_boxed(cfg), is_leaf=_is_box)
+    names = jax.tree.map(lambda box: tuple(box.names), _abstract_boxed(cfg), is_leaf=_is_box)
+    return storage.axes(cfg.quant, names, abstract_params(cfg))
 
 
 def forward(
@@ -63,9 +75,36 @@ def forward(
     if cache is not None and positions_BT is None:
         raise ValueError("a cache needs positions_BT: the absolute position of every token")
     if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions_BT = _from_0(tokens_BT)
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
     module = Transformer(cfg)
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
+
+
+def forward_with_residuals(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    positions_BT: Array | None = None,
+    segment_ids_BT: Array | None = None,
+) -> tuple[ModelOutput, list[Array]]:
+    """`forward`, and the residual stream `[B, T, D]` after each layer, before the final norm."""
+    positions_BT = _from_0(tokens_BT) if positions_BT is None else positions_BT
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
+    output, kept = Transformer(cfg).apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[RESIDUALS]
+    )
+    found = []
+    for i, group in enumerate(cfg.groups):
+        of_blocks = kept[RESIDUALS][f"group_{i}"]
+        for repeat in range(group.repeats):
+            found += [of_blocks[f"block_{j}"]["x_BTD"][0][repeat] for j in range(len(group.pattern))]
+    return output, found  # type: ignore[return-value]
+
+
+def _from_0(tokens_BT: Array) -> Array:
+    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
 
 def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Params]]:
@@ -80,8 +119,9 @@ def layers(cfg: ModelConfig, params: Params) -> Iterator[tuple[BlockConfig, Para
 
 def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]:
     """The residual stream `[B, T, D]` before the first layer and after each, before the final norm."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    ctx = _context(cfg, positions_BT, None)
+    positions_BT = _from_0(tokens_BT)
+    ctx = context(cfg, positions_BT, None)
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
     found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
     for block, weights in layers(cfg, params):
         x_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, found[-1], ctx, None)  # type: ignore[misc]
@@ -89,15 +129,16 @@ def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]
     return found  # type: ignore[return-value]
 
 
-def head_params(cfg: ModelConfig, params: Params) -> Array:
+def head_params(cfg: ModelConfig, params: Params) -> Kernel:
     """The `[D, V]` kernel that maps hidden states to logits: the embedding where it is tied.
 
     A tied embedding is transposed here, once, and not in each product of a loop over chunks of positions.
     """
-    return jnp.swapaxes(params["embed"]["tokens"], 0, 1) if cfg.tie_embeddings else params["head"]["kernel"]
+    params = storage.as_trained(cfg.quant, params, layouts(cfg))
+    return transposed(params["embed"]["tokens"]) if cfg.tie_embeddings else params["head"]["kernel"]
 
 
-def head_logits(cfg: ModelConfig, head_DV: Array, hidden: Array) -> Array:
+def head_logits(cfg: ModelConfig, head_DV: Kernel, hidden: Array) -> Array:
     """Float32 logits `[..., V]` of hidden states `[..., D]`."""
     flat = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 2 else hidden.reshape(1, -1, hidden.shape[-1])
     logits = einsum("BTD,DV->BTV", flat, head_DV).astype(jnp.float32)
@@ -123,7 +164,7 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         cfg = self.cfg
         x_BTD = Embedding(cfg, name="embed")(tokens_BT, positions_BT)
-        ctx = _context(cfg, positions_BT, segment_ids_BT)
+        ctx = context(cfg, positions_BT, segment_ids_BT)
         out_scale = (2 * cfg.num_layers) ** -0.5
         caches, auxes = {}, {}
         for i, group in enumerate(cfg.groups):
@@ -145,8 +186,9 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: Array, positions_BT: Array) -> Array:
         cfg, dtype = self.cfg, compute_dtype(self.cfg.dtype, platform())
-        table_VD = self.param("tokens", _table((cfg.vocab_size, cfg.d_model), "vocab"))
-        x_BTD = table_VD.astype(dtype)[tokens_BT]
+        layout = Layout((cfg.d_model,), (cfg.vocab_size,), in_first=False)
+        table_VD = stored(self, "tokens", _table((cfg.vocab_size, cfg.d_model), "vocab", layout))
+        x_BTD = look_up(table_VD, tokens_BT, dtype)
         if cfg.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, dtype)
         if cfg.learned_positions:
@@ -161,16 +203,18 @@ class Head(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Array:
+    def __call__(self) -> Kernel:
         shape = (self.cfg.d_model, self.cfg.vocab_size)
-        return self.param("kernel", declare(shape, ("embed", "vocab"), std=EMBEDDING_STD))
+        layout = Layout(shape[:1], shape[1:])
+        return stored(self, "kernel", declare(shape, ("embed", "vocab"), std=EMBEDDING_STD, layout=layout))
 
 
-def _table(shape: tuple[int, int], axis: str | None) -> Callable[[Array], Any]:
-    return declare(shape, (axis, "embed"), std=EMBEDDING_STD)
+def _table(shape: tuple[int, int], axis: str | None, layout: Layout | None = None) -> Callable[[Array], Any]:
+    return declare(shape, (axis, "embed"), std=EMBEDDING_STD, layout=layout)
 
 
-def _context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None) -> Context:
+def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None) -> Context:
+    """What every layer reads besides the residual stream."""
     keys: dict[tuple[RopeConfig, int], None] = {}
     for block in cfg.blocks:
         attention = block.attention
@@ -184,6 +228,13 @@ def _context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None
         rope_keys=tuple(keys),
         causal=cfg.causal,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def layouts(cfg: ModelConfig) -> dict[str, Layout]:
+    """Of each kernel that may be stored in few bits, by path."""
+    boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxed(cfg), is_leaf=_is_box)
+    return {storage.name(path): box.layout for path, box in boxes if box.layout is not None}
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """From `OptimConfig` to one optax transformation.
 
-    guard( clip by global norm -> direction -> update )          skips bad steps
+    guard( clip by global norm -> direction -> update -> prune ) skips bad steps
+    keep_zeros( ... )                                            if zeros are kept or weights pruned
     ema( ... )                                                   if ema_decay > 0
 
     direction   by kind of parameter: the chosen optimizer; for Muon, matrices by Muon and the
@@ -24,8 +25,9 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.kernels.rows import norm
-from gptjax.optim import adafactor, adam, ema, groups, guard, muon, schedule
+from gptjax.optim import adafactor, adam, ema, groups, guard, muon, schedule, zeros
 from gptjax.optim.groups import GroupConfig, Treatment
+from gptjax.optim.zeros import GradualConfig
 from gptjax.types import Array, Params
 
 
@@ -49,6 +51,8 @@ class OptimConfig:
       skip_sigma: a step whose loss or gradient norm is that many deviations above the recent
         mean is skipped; None skips non-finite steps only.
       groups: in the order of matching; see `optim.groups`.
+      zeros: `kept` leaves weights of kernels that are 0 at 0, as recovery after pruning needs.
+      prune: removes weights during training, and keeps zeros; see `optim.zeros`.
     """
 
     name: Literal["adamw", "adafactor", "lion", "muon"]
@@ -64,6 +68,8 @@ class OptimConfig:
     ema_decay: float = 0.0
     skip_sigma: float | None = None
     groups: tuple[GroupConfig, ...] = groups.EVERYTHING
+    zeros: Literal["trained", "kept"] = "trained"
+    prune: GradualConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2", "ema_decay"):
@@ -78,6 +84,11 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ValueError(f"{name}={value}: expected above 0; None switches it off")
+        if self.prune is not None and self.ema_decay:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: an average over steps that remove weights has no zeros; "
+                "expected 0 with prune"
+            )
 
 
 class Optimizer(NamedTuple):
@@ -115,9 +126,14 @@ def build(
         final_scale=cfg.final_lr_scale,
         decay_fraction=cfg.decay_fraction,
     )
-    inner = optax.chain(
-        _clip(cfg.clip_norm, treatments), _directions(cfg, treatments, balance_rate), _descend(rate, treatments)
-    )
+    parts = [_clip(cfg.clip_norm, treatments), _directions(cfg, treatments, balance_rate), _descend(rate, treatments)]
+    pruned = zeros.pruned_layouts(treatments)
+    if cfg.prune is not None:
+        if cfg.prune.last_step >= num_steps:
+            raise ValueError(f"prune.last_step={cfg.prune.last_step}: expected below num_steps={num_steps}")
+        shapes = {groups.path_of(path): p.shape for path, p in jax.tree_util.tree_leaves_with_path(abstract_params)}
+        parts.append(zeros.prune_gradually(cfg.prune, pruned, shapes))
+    inner = optax.chain(*parts)
     tx = guard.guard(
         inner,
         sigma=cfg.skip_sigma,
@@ -125,6 +141,8 @@ def build(
         # Gradients of frozen parameters are not read, so that XLA need not compute them.
         finite_fn=lambda grads: jnp.isfinite(norm(_leaves(grads, lambda p: not treatments[p].freeze))),
     )
+    if cfg.zeros == "kept" or cfg.prune is not None:
+        tx = zeros.keep_zeros(tx, kept_fn=pruned.__contains__)
     if cfg.ema_decay:
         tx = ema.ema(tx, decay=cfg.ema_decay, averaged_fn=lambda path: not treatments[path].freeze)
     return Optimizer(tx, rate)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,22 @@ def mask_tokens(
     return jnp.where(replaced, replacement, tokens_BT), chosen.astype(jnp.float32)
 
 
+class Term(NamedTuple):
+    """A loss of each target besides the cross-entropy, from the same logits.
+
+    Attributes:
+      name: of its metric.
+      weight: of it; the data's own loss gets the rest of 1.
+      loss_fn: `(logits [B, t, V], extras of these positions) -> [B, t]`.
+      extras: a tree of `[B, T, ...]`; no gradient flows to them.
+    """
+
+    name: str
+    weight: float
+    loss_fn: Callable[[Array, Any], Array]
+    extras: Any
+
+
 def language_loss(
     config: ModelConfig,
     params: Params,
@@ -122,32 +138,38 @@ def language_loss(
     *,
     z_loss: float,
     target_fraction: float = 1.0,
+    term: Term | None = None,
 ) -> Loss:
     """Cross-entropy of a model's output with its auxiliary losses; logits are made chunk by chunk.
 
     Args:
       target_fraction: of the tokens that are targets, by design; the routers' losses are weighed by it, so
         that they are as strong beside the loss of one target as where every token is one.
+      term: a further loss of each target, mixed with the data's.
 
     Metrics: `loss` (nats per target, cross-entropy alone), `accuracy`, `z_loss` where it is on,
-    and those of `router_metrics`.
+    the term's, and those of `router_metrics`.
     """
 
-    def chunk_loss(logits: Array, extras: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
-        targets, mask = extras
+    def chunk_loss(logits: Array, extras: tuple[Array, Array, Any]) -> tuple[Array, dict[str, Array]]:
+        targets, mask, given = extras
         token = cross_entropy.softmax_nll(logits, targets)
         nll = jnp.sum(mask * token.nll)
         sums = {"loss": nll, "accuracy": jnp.sum(mask * token.correct)}
         if z_loss:
             sums["z_loss"] = z_loss * jnp.sum(mask * token.log_z**2)
-        return nll + sums.get("z_loss", 0.0), sums
+        data = nll + sums.get("z_loss", 0.0)
+        if term is None:
+            return data, sums
+        sums[term.name] = jnp.sum(mask * term.loss_fn(logits, given))
+        return (1.0 - term.weight) * data + term.weight * sums[term.name], sums
 
     total, sums = cross_entropy.chunked_loss(
         functools.partial(transformer.head_logits, config),
         chunk_loss,
         output.hidden_BTD,
         transformer.head_params(config, params),
-        (targets_BT, mask_BT),
+        (targets_BT, mask_BT, () if term is None else term.extras),
         num_chunks=num_chunks(config, targets_BT.shape),
     )
     weight = jnp.sum(mask_BT)

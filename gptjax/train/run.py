@@ -1,4 +1,4 @@
-"""Pretraining, from a config and a directory to a summary.
+"""Training, from a config, a directory and a task (pretraining unless told) to a summary.
 
 A workdir holds one run: `config.json`, `ckpt/`, `metrics.jsonl`, `tensorboard/`, `summary.json` and, if
 asked for, `profile/`. Started again with the same config, a run goes on from its newest
@@ -9,6 +9,7 @@ on as many devices.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -45,17 +46,21 @@ from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
 from gptjax.train.metrics import MetricsWriter, read_metrics
 from gptjax.train.resume import resume, start_from
-from gptjax.train.setup import RunConfig, Setup, TrainConfig
+from gptjax.train.setup import RunConfig, Setup, TaskFn, TrainConfig
 from gptjax.train.state import TrainState
+from gptjax.train.task import Companions
 from gptjax.train.throughput import Throughput
 from gptjax.train.workdir import SUMMARY_FILE
-from gptjax.types import Batch
+from gptjax.types import Array, Batch, Params
 
 __all__ = ["RunConfig", "TrainConfig", "run"]
 
 
-def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
+def run(cfg: RunConfig, path: epath.PathLike, *, task_fn: TaskFn = setup_lib.pretraining) -> dict[str, Any]:
     """Trains, or goes on training, in the workdir `path`; returns what its `summary.json` says.
+
+    Args:
+      task_fn: what to train for.
 
     Raises:
       ValueError: for a config whose parts do not fit each other or the machine, a workdir of
@@ -64,7 +69,7 @@ def run(cfg: RunConfig, path: epath.PathLike) -> dict[str, Any]:
     path = directory.absolute(path)
     tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
     with mesh_lib.use(cfg.mesh) as mesh:
-        setup = setup_lib.make(cfg, mesh, tokenizer)
+        setup = setup_lib.make(cfg, mesh, tokenizer, task_fn=task_fn)
         setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
         data = _open_data(cfg, tokenizer)
         with lock.exclusive(path) if hosts.is_lead() else contextlib.nullcontext():
@@ -121,19 +126,22 @@ def _train(
         if summary is not None:
             logging.info("%s: finished already, at step %d of %d.", path, latest, cfg.train.num_steps)
             return summary
-        state = _restore(store, latest, setup, tokenizer, account)
         lineage = read_meta(store.directory / str(latest)).lineage
+        _check_stage(store.directory / str(latest), lineage, setup.task.stage)
+        state = _restore(store, latest, setup, tokenizer, account)
         logging.info("Going on from step %d of %d.", latest, cfg.train.num_steps)
     meta = meta_lib.make(setup.model, run=config_lib.to_dict(cfg), tokenizer=tokenizer.fingerprint, lineage=lineage)
+    prepared = setup.task.prepare(data.train)
     throughput = Throughput(
         flops_per_token=cost.flops_per_token(setup.model, cfg.model.seq_len).train,
         devices=list(jax.sharding.get_mesh().devices.flat),
     )
     result = fit(
-        setup.objective,
+        setup.task.objective,
         setup.optimizer,
         state,
-        iter(GlobalBatches(loader.train_batches(data.train, start_step=latest or 0))),
+        iter(GlobalBatches(loader.train_batches(prepared.data, start_step=latest or 0))),
+        frozen=prepared.frozen,
         num_steps=cfg.train.num_steps,
         seed=cfg.seed,
         accumulate_steps=cfg.train.accumulate_steps,
@@ -150,13 +158,32 @@ def _train(
 def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
     """A new run's state, and its lineage."""
     tx, shardings = setup.optimizer.tx, setup.shardings
-    stage = {"stage": "pretrain", "name": cfg.name, "seed": cfg.seed}
+    companions, stage = setup.task.companions, dict(setup.task.stage)
+
+    def init_fn(rng: Array) -> Params:
+        return {**transformer.init(setup.model, rng), **companions.init_fn(rng)}
+
     if cfg.train.init_from is None:
-        init_fn = functools.partial(transformer.init, setup.model)
         return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings), [stage]
-    meta, params = start_from(cfg.train.init_from, setup.model, shardings=shardings.params, tokenizer=tokenizer)
+    own, others = companions.apart(shardings.params)
+    meta, params = start_from(cfg.train.init_from, setup.model, shardings=own, tokenizer=tokenizer)
+    if others:
+        params = {**params, **jax.jit(companions.init_fn, out_shardings=others)(jax.random.key(cfg.seed))}
     stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
     return state_lib.from_params(params, tx, shardings=shardings), [*meta.lineage, stage]
+
+
+def _check_stage(path: epath.Path, lineage: Sequence[Mapping[str, Any]], stage: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: when what was trained here was another task.
+    """
+    before = lineage[-1] if lineage else {}
+    changes = [f"{key}: {before[key]} -> {now}" for key, now in stage.items() if before.get(key, now) != now]
+    if changes:
+        raise ValueError(
+            f"{path}: the run was started with another task (old -> new): {'; '.join(changes)}; "
+            "go on with the old one, or choose another --workdir"
+        )
 
 
 def _finished(cfg: RunConfig, path: epath.Path, latest: int) -> dict[str, Any] | None:
@@ -213,7 +240,15 @@ class Account(Hook):
 
 
 def _restore(store: CheckpointStore, step: int, setup: Setup, tokenizer: Tokenizer, account: Account) -> TrainState:
-    found = resume(store, step, shapes=setup.shapes, shardings=setup.shardings, model=setup.model, tokenizer=tokenizer)
+    apart = functools.partial(_apart, setup.task.companions)
+    found = resume(
+        store,
+        step,
+        shapes=apart(setup.shapes),
+        shardings=apart(setup.shardings),
+        model=setup.model,
+        tokenizer=tokenizer,
+    )
     lacking = account.used().keys() - found.data.keys()
     if lacking:
         raise ValueError(
@@ -221,7 +256,20 @@ def _restore(store: CheckpointStore, step: int, setup: Setup, tokenizer: Tokeniz
             "or choose another workdir if this is not a checkpoint of a pretraining run"
         )
     account.restore(found.data)
-    return found.state
+    return _together(setup.task.companions, found.state)
+
+
+def _apart(companions: Companions, state: TrainState) -> TrainState:
+    """A state as it is saved: parameters that are not the model's are in `extra`."""
+    params, others = companions.apart(state.params)
+    return dataclasses.replace(state, params=params, extra={**state.extra, **others})
+
+
+def _together(companions: Companions, state: TrainState) -> TrainState:
+    """The inverse of `_apart`."""
+    others = {name: state.extra[name] for name in companions.shapes}
+    extra = {name: value for name, value in state.extra.items() if name not in others}
+    return dataclasses.replace(state, params={**state.params, **others}, extra=extra)
 
 
 def _hooks(
@@ -239,6 +287,7 @@ def _hooks(
     scores: dict[int, float] = {}
 
     def save(step: int, state: TrainState) -> None:
+        state = _apart(setup.task.companions, state)
         store.save(
             step,
             score=scores.get(step),
@@ -270,7 +319,7 @@ def _evaluation(cfg: RunConfig, setup: Setup, batches: loader.EvalBatches, score
       scores: gets the loss by step.
     """
     evaluate = functools.partial(
-        evaluator(setup.objective, seed=cfg.seed),
+        evaluator(setup.task.evaluated, seed=cfg.seed),
         batches=GlobalBatches(batches),
         num_bytes=batches.num_bytes if cfg.train.objective == "next_token" else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from gptjax.parallel.mesh import MeshConfig
 from gptjax.train import objective as objectives
 from gptjax.train import state as state_lib
 from gptjax.train.state import TrainState
+from gptjax.train.task import Task
 from gptjax.types import Objective
 
 VOCAB_MULTIPLE = 128
@@ -103,17 +105,21 @@ class Setup(NamedTuple):
     """The parts of a training step; `shapes` and `shardings` are trees like the state."""
 
     model: ModelConfig
-    objective: Objective
+    task: Task
     optimizer: Optimizer
     shapes: TrainState
     shardings: TrainState
 
 
-def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setup:
+TaskFn = Callable[[RunConfig, ModelConfig, Tokenizer | None], Task]
+
+
+def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None, *, task_fn: TaskFn | None = None) -> Setup:
     """The parts of `cfg`'s training step on `mesh`, under the partitioning rules in use.
 
     Args:
       tokenizer: `masked_lm` needs its mask token.
+      task_fn: what to train for; `pretraining` unless given.
 
     Raises:
       ValueError: where sections of the config contradict each other, the mesh or the tokenizer.
@@ -125,11 +131,24 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None) -> Setu
     check_experts(model, mesh)
     if cfg.train.objective == "masked_lm":
         model = objectives.bidirectional(model)
-    params, axes = transformer.abstract_params(model), transformer.param_axes(model)
+    task = (task_fn or pretraining)(cfg, model, tokenizer)
+    params = {**transformer.abstract_params(model), **task.companions.shapes}
+    axes = {**transformer.param_axes(model), **task.companions.axes}
     optimizer = build.build(cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model))
     shapes = state_lib.abstract_state(params, optimizer.tx)
     shardings = rules.state_shardings(mesh, shapes, axes, params)
-    return Setup(model, _objective(cfg, model, tokenizer), optimizer, shapes, shardings)
+    return Setup(model, task, optimizer, shapes, shardings)
+
+
+def pretraining(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Task:
+    """Training on data alone, for `train.objective`."""
+    objective = _objective(cfg, model, tokenizer)
+    return Task(objective=objective, evaluated=objective, stage=stage("pretrain", cfg))
+
+
+def stage(name: str, cfg: RunConfig) -> dict[str, object]:
+    """What every stage of training notes of itself in the lineage."""
+    return {"stage": name, "name": cfg.name, "seed": cfg.seed}
 
 
 def check_batch(cfg: RunConfig, mesh: Mesh) -> None:

@@ -150,7 +150,7 @@ def _accumulate(sums_of: Callable[[Batch, Array], _Sums], batch: Batch, num: int
 
 
 def _split(x_BT: Array, num: int) -> Array:
-    """`[B, T] -> [num, B / num, T]`, microbatch `i` having the rows `i, i + num, i + 2 num, ...`.
+    """`[B, T, ...] -> [num, B / num, T, ...]`, microbatch `i` having the rows `i, i + num, i + 2 num, ...`.
 
     Strided rows keep every microbatch spread over all devices: a device's rows are contiguous, so a
     contiguous microbatch would belong to a few devices and have to be moved.
@@ -162,7 +162,7 @@ def _split(x_BT: Array, num: int) -> Array:
             f"choose a batch_size that is a multiple of it"
         )
     split = x_BT.reshape(batch_size // num, num, *x_BT.shape[1:]).swapaxes(0, 1)
-    return rules.constrain(split, None, "act_batch", "act_length")
+    return rules.constrain(split, None, "act_batch", "act_length", *[None] * (split.ndim - 3))
 
 
 def _single(value: Array) -> Mean:

@@ -34,11 +34,13 @@ FREE_KEYS = (
     "train.keep_every",
     "train.keep_best",
     "train.profile_steps",
+    "distill.teacher",
+    "distill.cache",
 )
 """Keys that may change when a run goes on: they say where and in how many parts it is computed, what is
 written down, and how long it lasts. All but `train.num_steps` leave the losses as they were, to
-rounding; a schedule that ends with the run is stretched. The tokenizer's file may move,
-its content is compared with the checkpoint's."""
+rounding; a schedule that ends with the run is stretched. The tokenizer's file and a teacher may
+move, their contents are compared with the checkpoint's."""
 
 
 # What makes the scores comparable by which `train.keep_best` chooses.
@@ -62,7 +64,7 @@ def claim(path: epath.PathLike, cfg: RunConfig) -> None:
             f"back to go on, or choose another --workdir"
         )
     new = config_lib.to_dict(cfg)
-    old = _config_of(path, steps)
+    old = _config_of(path, steps, type(cfg))
     changes = [] if old is None else config_lib.diff(old, new)
     free = [key for key in FREE_KEYS if not (cfg.train.keep_best and key in _SCORE_KEYS)]
     blocking = [line for line in changes if not _is_one_of(free, line.split(":", 1)[0])]
@@ -77,7 +79,7 @@ def claim(path: epath.PathLike, cfg: RunConfig) -> None:
         write_json(path / CONFIG_FILE, new)
 
 
-def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
+def _config_of(path: epath.Path, steps: Sequence[int], kind: type[RunConfig]) -> dict[str, Any] | None:
     """The config of the run in a workdir: its file's or, where that is gone, its newest checkpoint's."""
     file = path / CONFIG_FILE
     if file.exists():
@@ -91,7 +93,7 @@ def _config_of(path: epath.Path, steps: Sequence[int]) -> dict[str, Any] | None:
         raise ValueError(f"{file}: has no config of a pretraining run; choose another --workdir")
     try:
         # A key that came later had its default.
-        return config_lib.to_dict(config_lib.from_dict(RunConfig, found))
+        return config_lib.to_dict(config_lib.from_dict(kind, found))
     except ValueError:
         return found
 

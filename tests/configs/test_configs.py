@@ -100,7 +100,7 @@ def test_its_training_step_traces_without_memory(name):
     batch = Batch(tokens=ints, targets=ints, loss_mask=floats, segment_ids=ints, positions=ints)
     with jax.set_mesh(mesh), rules.use(one_device.rules):
         parts = setup.make(dataclasses.replace(cfg, mesh=one_device), mesh)
-        run = step.train_step(parts.objective, parts.optimizer, accumulate_steps=cfg.train.accumulate_steps)
+        run = step.train_step(parts.task.objective, parts.optimizer, accumulate_steps=cfg.train.accumulate_steps)
         state, metrics = jax.eval_shape(run, parts.shapes, (), batch)
     assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, parts.shapes)
     assert {"loss", "accuracy", "grad_norm", "learning_rate"} <= metrics.keys()

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("prepare_data", "pretrain", "evaluate", "generate", "demo")
+NAMES = (
+    "prepare_data",
+    "pretrain",
+    "evaluate",
+    "generate",
+    "distill",
+    "quantize",
+    "prune",
+    "compress_report",
+    "demo",
+)
 CONFIG = "--config=configs/demo.py"
 
 
@@ -38,6 +48,10 @@ def test_help_is_no_error(name):
         ("prepare_data", ["--out="], "--out is empty"),
         ("evaluate", ["--ckpt=x", "--data=x", "--batch_size=0"], "flag --batch_size=0: 0 is not a positive integer"),
         ("generate", ["--ckpt=x"], "no prompt: give --prompt or text on standard input"),
+        ("distill", ["--workdir=x", CONFIG, "--config.distill.lose=jsd"],
+         "config.distill.lose: unknown key; did you mean `loss`?"),
+        ("distill", ["--workdir=x", CONFIG, "--config.distill.beta=2.0", "--config.distill.loss=jsd"],
+         "config.distill: beta=2.0: expected above 0 and below 1"),
         ("pretrain", ["--workdir=x", "--config=none.py"], "No such file or directory: 'none.py'"),
         ("pretrain", ["--workdir=x", CONFIG, "--config.trian.num_steps=3"],
          "unknown key 'trian'; Did you mean \"train\""),

@@ -34,12 +34,12 @@ def unused_port():
         return probe.getsockname()[1]
 
 
-def run_on_two_hosts(cfg, workdir):
-    for status, output in outputs_of_two_hosts(cfg, workdir):
+def run_on_two_hosts(cfg, workdir, *, child=CHILD):
+    for status, output in outputs_of_two_hosts(cfg, workdir, child=child):
         assert status == 0, output[-4000:]
 
 
-def outputs_of_two_hosts(cfg, workdir, *, folders=(REPOSITORY, REPOSITORY)):
+def outputs_of_two_hosts(cfg, workdir, *, folders=(REPOSITORY, REPOSITORY), child=CHILD):
     """Exit status and output of each; `folders` are where they run."""
     port = unused_port()
     children = []
@@ -51,7 +51,7 @@ def outputs_of_two_hosts(cfg, workdir, *, folders=(REPOSITORY, REPOSITORY)):
             "JAX_PROCESS_ID": str(process),
             "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=4",
         }
-        command = [sys.executable, "-c", CHILD, json.dumps(config_lib.to_dict(cfg)), str(workdir)]
+        command = [sys.executable, "-c", child, json.dumps(config_lib.to_dict(cfg)), str(workdir)]
         children.append(
             subprocess.Popen(
                 command, cwd=folders[process], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

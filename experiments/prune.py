@@ -1,0 +1,91 @@
+"""Takes out of a trained model what it needs least: single weights, or whole units, heads, layers and experts.
+
+    python -m experiments.prune --ckpt=runs/demo --dst=runs/half --method=sparsegpt --sparsity=0.5 --calibration=a.txt
+    python -m experiments.prune --ckpt=runs/demo --dst=runs/small --width=0.75 --depth=6 --calibration=a.txt
+
+Single weights become zeros, which the checkpoint stores compactly; experiments.pretrain goes on from it, and keeps
+them, with --config.train.init_from=<dst> --config.optim.zeros=kept. The others leave a smaller model of the same kind.
+Both may be asked for at once. The table names every parameter, and why it was left. The source is only read, and --dst
+appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import TYPE_CHECKING
+
+from absl import flags, logging
+
+from experiments import common, prune_flags
+
+if TYPE_CHECKING:
+    from gptjax.types import Params
+
+_CKPT = flags.DEFINE_string(
+    "ckpt", None, "Checkpoint, workdir, or another framework's model; only read.", required=True
+)
+_DST = flags.DEFINE_string("dst", None, "The checkpoint directory to make; not there yet.", required=True)
+flags.adopt_module_key_flags(prune_flags)
+
+
+def main() -> None:
+    """Prunes, writes the checkpoint and prints what became of each parameter."""
+    import gptjax
+    from gptjax.compress import prune, saving, structured
+
+    destination = pathlib.Path(_DST.value).expanduser().absolute()
+    saving.check_free(destination)
+    cut, sparsity = prune_flags.cut(), prune_flags.sparsity()
+    if not cut and sparsity is None:
+        raise ValueError("nothing to do: give --sparsity, or one of --width, --heads, --depth and --experts")
+    model, began = gptjax.load(_CKPT.value), time.perf_counter()
+    cfg, params, method = model.config, model.params, prune_flags.method()
+    structured.check(cfg, cut)
+    if sparsity is not None:
+        prune.check(structured.changed(cfg, cut), sparsity)
+    batches, facts = prune_flags.calibration(model, needed=bool(cut) or method != "magnitude")
+    source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(params)}
+    done: list[str] = []
+    for name, size in cut.items():
+        logging.info("%s", name)
+        cfg, params = structured.METHODS[name](cfg, params, batches, size)
+        done.append(f"{name}={size:g}")
+    if sparsity is not None:
+        cfg, params = prune.prune(
+            cfg,
+            params,
+            batches,
+            method=method,
+            sparsity=sparsity,
+            told=lambda layer: _tell(layer, cfg.num_layers, began),
+        )
+        done.append(f"{method}, sparsity={sparsity}")
+    entry = {"stage": "prune", "done": done, "calibration": facts, "source": source}
+    saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
+    _print(params, before=model.params, destination=destination, seconds=time.perf_counter() - began)
+
+
+def _tell(layer: int, num_layers: int, began: float) -> None:
+    logging.info("layer %d of %d, %.0f s", layer, num_layers, time.perf_counter() - began)
+
+
+def _print(params: Params, *, before: Params, destination: pathlib.Path, seconds: float) -> None:
+    import jax
+
+    from gptjax.compress import prune
+
+    rows = prune.table(params)
+    width = max(len(row.path) for row in rows)
+    for row in rows:
+        shape = " x ".join(map(str, row.shape))
+        print(f"{row.path:{width}}  {shape:>22}  {row.zeros:6.1%} zeros" + (f"  ({row.left})" if row.left else ""))
+    count, size = (sum(getattr(leaf, of) for leaf in jax.tree.leaves(before)) for of in ("size", "nbytes"))
+    after = sum(leaf.size for leaf in jax.tree.leaves(params))
+    stored = sum(file.stat().st_size for file in (destination / "params").rglob("*") if file.is_file())
+    print(f"{'parameters':{width}}  {count:,} -> {after:,}")
+    print(f"{'bytes, dense -> on disk':{width}}  {size:,} -> {stored:,}  {stored / size:.1%}, in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    common.start(main)

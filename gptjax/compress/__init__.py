@@ -1,0 +1,1 @@
+"""Smaller models from trained ones: few bits, fewer weights, shared layers, and a teacher's help."""

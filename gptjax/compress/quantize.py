@@ -1,0 +1,287 @@
+"""A model's kernels in few bits, by any method: what is to be stored how, carried out, and told leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.compress import awq, calibrate, gptq, smooth
+from gptjax.compress.calibrate import Inputs, Site
+from gptjax.compress.gptq import GPTQ
+from gptjax.nn import quantized, storage, transformer
+from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
+from gptjax.nn.quantized import QuantizedArray
+from gptjax.parallel import rules as mesh_rules
+from gptjax.types import Array, Params
+
+LAYERS = r"^group_\d+/(?!.*router)"
+"""The kernels of all layers but routers, which decide by small differences."""
+EMBEDDINGS = r"^(embed/tokens|head/kernel)$"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How kernels come to their codes.
+
+    Attributes:
+      rounding: `nearest`; `clip`, to nearest with groups' ranges searched for; `gptq`.
+      scaling: of inputs, before kernels are rounded.
+      alpha: of SmoothQuant.
+      clip_norms: see `calibrate.walk`.
+    """
+
+    rounding: Literal["nearest", "clip", "gptq"]
+    scaling: Literal["none", "smoothquant", "awq"] = "none"
+    alpha: float = 0.5
+    gptq: GPTQ = GPTQ()
+    sequence: calibrate.Sequence_ = "stage"
+    clip_norms: float | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.rounding != "nearest" or self.scaling != "none"
+
+
+METHODS = {
+    "rtn": Method(rounding="nearest"),
+    "smoothquant": Method(rounding="nearest", scaling="smoothquant"),
+    "awq": Method(rounding="clip", scaling="awq"),
+    "gptq": Method(rounding="gptq"),
+}
+
+
+class Leaf(NamedTuple):
+    """What became of one parameter of the model.
+
+    Attributes:
+      treatment: its format and how it got there, or `left`.
+      why: it was left; empty where it was not.
+      error: squared error of the outputs on the calibration text, as a part of their square, the mean of all layers;
+        None where it was not measured.
+    """
+
+    path: str
+    treatment: str
+    why: str
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+
+
+class Result(NamedTuple):
+    """A model in few bits.
+
+    Attributes:
+      notes: what went otherwise than asked.
+    """
+
+    model: ModelConfig
+    params: Params
+    leaves: tuple[Leaf, ...]
+    notes: tuple[str, ...]
+
+
+def rules(
+    weights: WeightFormat,
+    *,
+    activations: Literal["none", "int8", "fp8_e4m3"] = "none",
+    embeddings: WeightFormat | None = None,
+    leave: str | None = None,
+) -> QuantConfig:
+    """The rules of a model whose layers' kernels are in one format.
+
+    Args:
+      embeddings: of the token table and the head, which are always rounded to nearest.
+      leave: regular expression of the paths of kernels that stay as they are.
+    """
+    found = [] if leave is None else [KernelRule(pattern=leave)]
+    found.append(KernelRule(pattern=LAYERS, weights=weights, activations=activations))
+    if embeddings is not None:
+        found.append(KernelRule(pattern=EMBEDDINGS, weights=embeddings))
+    return QuantConfig(rules=tuple(found))
+
+
+def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
+    """Whether a model can be stored so, before anything is read or computed.
+
+    Raises:
+      ValueError: naming what stands in the way.
+    """
+    if cfg.quant is not None:
+        kind = "is in few bits already" if cfg.quant.stage == "stored" else "was trained for few bits by its own rules"
+        raise ValueError(f"this model {kind} ({_said(cfg.quant.rules)}); start from the checkpoint in floats")
+    shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
+    if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
+        raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
+    if method.scaling != "none" and any(group.shared for group in cfg.groups):
+        raise ValueError(f"scaling={method.scaling}: layers that share weights cannot be scaled; use rtn or gptq")
+    if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
+        raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
+
+
+def quantize(
+    cfg: ModelConfig,
+    params: Params,
+    quant: QuantConfig,
+    *,
+    method: Method,
+    batches: Sequence[Array] = (),
+    told: Callable[[int], None] = lambda layer: None,
+) -> Result:
+    """Stores kernels in few bits.
+
+    Args:
+      params: floats; untouched.
+      batches: calibration tokens `[B, T]` each, of one shape; none for a method that does not look at any.
+      told: called with the number of layers that are done.
+
+    Raises:
+      ValueError: from `check`; for parameters or inputs of kernels that are not finite.
+    """
+    check(cfg, quant, method=method)
+    _check_finite(params)
+    if method.is_calibrated and not batches:
+        raise ValueError(f"{method.rounding} rounding with scaling={method.scaling} needs calibration text; got none")
+    model = dataclasses.replace(cfg, quant=quant)
+    treated = _Treated(quant, method, {}, {}, [])
+    done = params
+    if method.is_calibrated:
+        prepare = _prepare(quant, method)
+        done = calibrate.walk(
+            cfg,
+            params,
+            batches,
+            treated.treat,
+            sequence=method.sequence,
+            prepare=prepare,
+            clip=method.clip_norms,
+            told=told,
+        )
+    done = storage.store(quant, done, transformer.layouts(cfg))
+    wanted: Any = transformer.abstract_params(model)
+    assert jax.tree.structure(done) == jax.tree.structure(wanted), "every rule is met"  # type: ignore[operator]
+    return Result(model, done, _leaves(quant, params, done, treated), tuple(treated.notes))
+
+
+class _Treated(NamedTuple):
+    """What `calibrate.walk` calls, with a record of what it did."""
+
+    quant: QuantConfig
+    method: Method
+    how: dict[str, str]
+    errors: dict[str, list[float]]
+    notes: list[str]
+
+    def treat(self, site: Site, kernel: Array, inputs: Inputs) -> Array | QuantizedArray:
+        rule = storage.rule_for(self.quant, site.path)
+        if rule is None or rule.weights is None:
+            return kernel
+        format, method = rule.weights, self.method
+        rows = site.layout.to_rows(kernel.astype(jnp.float32))
+        lead = inputs.hessian.shape[:-2]
+        flat, hessian = _on_each_device(rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian)
+        if method.rounding == "gptq":
+            codes, scale, zero, damping = gptq.round_rows(flat, hessian, format=format, config=method.gptq)
+            self._note_damping(site, float(damping.max()))
+        else:
+            if method.rounding == "clip":
+                scale, zero = awq.clipped_scales(flat, hessian, format=format)
+            else:
+                scale, zero = quantized.group_scale(flat, format)
+            codes = quantized.encode(flat, scale, zero, format)
+        self._record(site, _relative_error(flat, codes, scale, zero, hessian, format), inputs)
+        outs = rows.shape[:-1]
+        scale, zero = jax.tree.map(lambda part: part.reshape(*outs, -1), (scale, zero))
+        codes = codes.reshape(rows.shape)
+        return quantized.pack(codes, scale, zero, format=format, layout=site.layout, activations=rule.activations)
+
+    def _record(self, site: Site, error: Array, inputs: Inputs) -> None:
+        self.how[site.path] = _names(self.method)
+        self.errors.setdefault(site.path, []).append(float(error))
+        unseen = int((inputs.count == 0).sum())
+        if unseen:
+            self.notes.append(f"{site.path}, layer {site.layer}: {unseen} experts had no token; rounded to nearest")
+
+    def _note_damping(self, site: Site, damping: float) -> None:
+        if damping > 1.001 * self.method.gptq.damping:
+            self.notes.append(
+                f"{site.path}, layer {site.layer}: the Hessian is singular (too few calibration tokens?); damped by "
+                f"{damping:g} instead of {self.method.gptq.damping:g}"
+            )
+
+
+def _on_each_device(rows: Array, hessian: Array) -> tuple[Array, Array]:
+    """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
+    if mesh_rules.current_mesh() is None:
+        return rows, hessian
+    return jax.device_put((rows, hessian), mesh_rules.replicated(jax.sharding.get_mesh()))
+
+
+def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
+    if method.scaling == "none":
+        return None
+    if method.scaling == "smoothquant":
+        return smooth.prepare(alpha=method.alpha)
+    return awq.prepare(next(rule.weights for rule in quant.rules if rule.weights is not None))
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _relative_error(
+    rows: Array, codes: Array, scale: Array, zero: Array | None, hessian: Array, format: WeightFormat
+) -> Array:
+    error = quantized.decode(codes, scale, zero, format) - rows
+    total = awq.output_error(rows, hessian).sum()
+    return awq.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
+
+
+def _check_finite(params: Params) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(f"{storage.name(path)}: has values that are not finite numbers; use another checkpoint")
+
+
+def _leaves(quant: QuantConfig, before: Params, after: Params, treated: _Treated) -> tuple[Leaf, ...]:
+    old = {storage.name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(before)}
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after, is_leaf=quantized.is_quantized):
+        name = storage.name(path)
+        sizes = (old[name].nbytes, sum(array.nbytes for array in jax.tree.leaves(leaf)))
+        if not quantized.is_quantized(leaf):
+            found.append(Leaf(name, "left", _why(quant, name, leaf), *sizes, None))
+            continue
+        errors = treated.errors.get(name)
+        error = None if errors is None else sum(errors) / len(errors)
+        how = f"{_format(leaf.format)}, {treated.how.get(name, 'nearest')}"
+        found.append(Leaf(name, how, "", *sizes, error))
+    return tuple(found)
+
+
+def _why(quant: QuantConfig, path: str, leaf: Any) -> str:
+    """A parameter was left as it is."""
+    if not re.search(r"(kernel|embed/tokens)$", path):
+        return f"{path.rpartition('/')[2]}: not a kernel"
+    matching = [rule for rule in quant.rules if re.search(rule.pattern, path)]
+    if matching:
+        return f"asked to, by {matching[0].pattern!r}"
+    if "router" in path:
+        return "router: decides by small differences"
+    return "token table or head: no format was asked for it" if re.search(EMBEDDINGS, path) else "no rule names it"
+
+
+def _names(method: Method) -> str:
+    return method.rounding if method.scaling == "none" else f"{method.rounding} after {method.scaling}"
+
+
+def _format(format: WeightFormat) -> str:
+    group = "rows" if format.group_size is None else f"groups of {format.group_size}"
+    return f"{format.dtype} {group}{'' if format.symmetric else ' with zeros'}"
+
+
+def _said(rules: tuple[KernelRule, ...]) -> str:
+    return ", ".join(f"{rule.pattern}: {_format(rule.weights) if rule.weights else 'float'}" for rule in rules)

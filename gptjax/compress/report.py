@@ -1,0 +1,152 @@
+"""`compress.html`: every variant of a model on one self-contained page, by the same evaluator on the same tokens."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from gptjax.compress.measure import Quality, Size, Speed, to_json
+from gptjax.eval import charts
+from gptjax.eval import report as run_report
+from gptjax.json_files import write_json
+
+_STYLE = (Path(run_report.__file__).parent / "report.css").read_text(encoding="utf-8")
+_WIDE = (
+    "#figures { grid-column: 1 / -1; } #figures table { font-size: 12px; } #figures td { white-space: nowrap; } "
+    "#figures td + td, #figures th + th { text-align: right; }"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model of the comparison.
+
+    Attributes:
+      disk_bytes: of its checkpoint's files.
+      lineage: what was done to it, oldest first; see `checkpoint.meta.Meta`.
+    """
+
+    name: str
+    quality: Quality
+    size: Size
+    speed: Speed
+    disk_bytes: int
+    lineage: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The page: the first variant is the original.
+
+    Attributes:
+      facts: what the figures were made of, by name.
+    """
+
+    title: str
+    variants: Sequence[Variant]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(comparison: Comparison, directory: epath.PathLike) -> None:
+    """Writes `compress.html` and `compress.json`; a reader never sees half of either."""
+    directory = epath.Path(directory)
+    write_json(directory / "compress.json", as_json(comparison))
+    partial = directory / "compress.html.partial"
+    partial.write_text(render(comparison))
+    partial.replace(directory / "compress.html")
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """All figures as plain values."""
+    variants = [
+        {
+            "name": variant.name,
+            "disk_bytes": variant.disk_bytes,
+            "lineage": [dict(entry) for entry in variant.lineage],
+            **{key: to_json(getattr(variant, key)) for key in ("quality", "size", "speed")},
+        }
+        for variant in comparison.variants
+    ]
+    return {"title": comparison.title, "facts": dict(comparison.facts), "variants": variants}
+
+
+def render(comparison: Comparison) -> str:
+    """The page as a string."""
+    variants = comparison.variants
+    sections = [
+        ("Figures", "errors are standard errors; ratios are to the original", table(variants)),
+        (
+            "Quality and size",
+            "perplexity by megabytes on disk; lower and further left is better, the line is the best of both",
+            _scatter(variants, lambda variant: variant.disk_bytes / 1e6),
+        ),
+        (
+            "Quality and speed",
+            "perplexity by milliseconds a token, one reader",
+            _scatter(variants, lambda variant: 1e3 / variant.speed.decode),
+        ),
+        ("Made of", "", _facts(comparison.facts)),
+    ]
+    body = "".join(run_report.section(title, note, content) for title, note, content in sections if content)
+    title = html.escape(comparison.title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title} · gptjax</title><style>{_STYLE}{_WIDE}</style></head>\n<body><main>"
+        f'<header><p class="kicker">gptjax · compression</p><h1>{title}</h1></header>'
+        f'<div class="sections">{body}</div></main></body></html>\n'
+    )
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Variant, Variant], str]], ...] = (
+    ("bits per byte", lambda v, first: f"{v.quality.bits_per_byte:.4f}"),
+    ("perplexity", lambda v, first: f"{v.quality.perplexity:,.2f}"),
+    ("ratio", lambda v, first: f"{v.quality.perplexity_ratio:.3f} ± {v.quality.loss_ratio_error:.3f}"),
+    ("KL, nats", lambda v, first: f"{v.quality.kl:.4f}"),
+    ("same token", lambda v, first: f"{v.quality.agreement:.1%}"),
+    ("accuracy", lambda v, first: f"{v.quality.accuracy:.1%}"),
+    ("params, M", lambda v, first: f"{v.size.num_params / 1e6:,.2f}"),
+    ("disk, MB", lambda v, first: f"{v.disk_bytes / 1e6:,.2f}"),
+    ("of original", lambda v, first: f"{v.disk_bytes / first.disk_bytes:.0%}"),
+    ("memory, MB", lambda v, first: f"{v.size.memory_bytes / 1e6:,.2f}"),
+    ("MFLOP/token", lambda v, first: f"{v.size.flops_per_token / 1e6:,.2f}"),
+    ("prefill, tok/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
+    ("decode, tok/s", lambda v, first: f"{v.speed.decode:,.0f}"),
+)
+
+
+def rows(variants: Sequence[Variant]) -> list[list[str]]:
+    """The figures as text, the head first."""
+    head = ["model", *(name for name, _ in _COLUMNS)]
+    return [head, *([v.name, *(show(v, variants[0]) for _, show in _COLUMNS)] for v in variants)]
+
+
+def table(variants: Sequence[Variant]) -> str:
+    """The figures as HTML."""
+    head, *body = rows(variants)
+    parts = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
+    heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = "".join(f"<tr>{part}</tr>" for part in parts)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _scatter(variants: Sequence[Variant], x: Callable[[Variant], float]) -> str:
+    dots = [
+        charts.Dot(
+            name=variant.name, x=x(variant), y=variant.quality.perplexity, style="second" if i == 0 else "accent"
+        )
+        for i, variant in enumerate(variants)
+    ]
+    return charts.scatter_chart(dots, format_y=lambda value: f"{value:,.3g}", log_y=True)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    lines = "".join(
+        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items()
+    )
+    return f"<table><tbody>{lines}</tbody></table>" if lines else ""

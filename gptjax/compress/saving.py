@@ -1,0 +1,69 @@
+"""What compression makes becomes a checkpoint: whole under its name, with its lineage, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.checkpoint import arrays
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.interop import publish
+from gptjax.nn.config import ModelConfig
+from gptjax.types import Params
+
+
+def fingerprint(params: Params) -> str:
+    """SHA-256 of the checksums of all parameters: the same for the same values."""
+    sums = {path: int(value) for path, value in arrays.checksums(arrays.flatten(params)).items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def check_free(destination: pathlib.Path) -> None:
+    """Raises:
+    ValueError: if something has that name already.
+    """
+    if destination.exists():
+        raise ValueError(f"{destination}: is there already, and is not overwritten; name another, or remove it")
+
+
+def write(
+    destination: pathlib.Path,
+    cfg: ModelConfig,
+    params: Params,
+    *,
+    entry: Mapping[str, Any],
+    source: Meta | None,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes the checkpoint `destination`.
+
+    Args:
+      entry: what the lineage gains: `stage` and its facts, in JSON's types.
+      source: of the checkpoint that it was made from, whose step and lineage go on; None for a model of others.
+
+    Raises:
+      ValueError: if the destination is there already, or cannot be written.
+    """
+    assets = {} if tokenizer is None else {tokenizer_lib.FILE_NAME: tokenizer.to_bytes()}
+    names = "" if tokenizer is None else tokenizer.fingerprint
+    if source is None:
+        meta = meta_lib.make(cfg, tokenizer=names, lineage=(entry,))
+    else:
+        meta = meta_lib.make(
+            cfg, step=source.step, run=source.run, tokenizer=names, lineage=(*source.lineage, dict(entry))
+        )
+    meta = dataclasses.replace(meta, score=None)
+    with publish.directory(destination, job=entry) as partial:
+        with CheckpointStore(partial) as store:
+            store.save(meta.step, meta=meta, params=params, assets=assets)
+        (store.directory / str(meta.step)).rename(destination)
+        shutil.rmtree(partial)

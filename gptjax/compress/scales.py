@@ -1,0 +1,111 @@
+"""Scales of groups of weights under which rounding costs least, where just reaching the largest weight costs more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.nn import quantized
+from gptjax.nn.config import WeightFormat
+from gptjax.types import Array
+
+Cost = Callable[[Array], Array]
+"""Of the errors `[outputs, inputs]` of a kernel's rows, for each group: `[outputs, groups]`."""
+
+SHRINKS = tuple(1.0 - 0.03 * step for step in range(21))
+"""Parts of a group's range that are tried: the rest is cut off, and what is kept has finer steps."""
+
+
+def searched(
+    rows_OI: Array, format: WeightFormat, cost: Cost, *, shrinks: tuple[float, ...] = SHRINKS
+) -> tuple[Array, Array | None]:
+    """The scales and zeros of least cost, of those that just reach the largest values and of shrunken ones.
+
+    Without zero codes a negative scale is tried too: there is one code more below the middle than above it.
+
+    Returns:
+      `(scale, zero)` as `nn.quantized.group_scale` gives them.
+    """
+    grouped = _grouped(rows_OI, format)
+    signs = (1.0, -1.0) if format.symmetric and format.bits < 8 else (1.0,)
+    tries = jnp.asarray([(shrink, sign) for shrink in shrinks for sign in signs], jnp.float32)
+
+    def costs(scale: Array, zero: Array | None) -> Array:
+        codes = quantized.encode(rows_OI, scale, zero, format)
+        return cost(quantized.decode(codes, scale, zero, format) - rows_OI)
+
+    def better(best: tuple, candidate: Array) -> tuple[tuple, None]:
+        scale, zero = _shrunken(grouped, format, candidate[0], candidate[1])
+        found = costs(scale, zero)
+        is_less = found < best[0]
+        return jax.tree.map(lambda new, old: jnp.where(is_less, new, old), (found, scale, zero), best), None
+
+    scale, zero = quantized.group_scale(rows_OI, format)
+    (_, scale, zero), _ = jax.lax.scan(better, (costs(scale, zero), scale, zero), tries)
+    return scale, zero
+
+
+def weighted(weight_I: Array, format: WeightFormat) -> Cost:
+    """`sum_j weight_j error_j ** 2` of each group."""
+    return lambda error_OI: _grouped(jnp.square(error_OI) * weight_I, format).sum(-1)
+
+
+def by_hessian(hessian_II: Array, format: WeightFormat) -> Cost:
+    """`error H error'` of each group alone, H being the block of the Hessian that is the group's."""
+    size = hessian_II.shape[0] if format.group_size is None else format.group_size
+    num = hessian_II.shape[0] // size
+    blocks_GIJ = hessian_II.reshape(num, size, num, size)[jnp.arange(num), :, jnp.arange(num)]
+
+    def cost(error_OI: Array) -> Array:
+        error_OGI = _grouped(error_OI, format)
+        return jnp.einsum("ogi,gij,ogj->og", error_OGI, blocks_GIJ, error_OGI, precision="highest")
+
+    return cost
+
+
+def refitted(
+    rows_OI: Array, codes_OI: Array, scale_OG: Array, zero_OG: Array | None, hessian_II: Array, *, format: WeightFormat
+) -> Array:
+    """The scales of least squared error of the outputs for codes as they are.
+
+    With `d_g` the values of group g in steps and 0 elsewhere, `w - sum_g s_g d_g` is least under H where
+
+        A s = b,    A_gh = d_g H d_h',    b_g = d_g H w'.
+    """
+    num_groups = scale_OG.shape[1]
+    steps_OI = quantized.decode(codes_OI, jnp.ones_like(scale_OG), zero_OG, format)
+    own_GI = jnp.repeat(jnp.eye(num_groups), rows_OI.shape[1] // num_groups, axis=1)
+
+    def row_of_a(own_I: Array) -> Array:
+        product = jnp.matmul(steps_OI * own_I, hessian_II, precision="highest")
+        return _grouped(product * steps_OI, format).sum(-1)
+
+    a_OGG = jnp.moveaxis(jax.lax.map(row_of_a, own_GI), 0, 1)
+    b_OG = _grouped(jnp.matmul(rows_OI, hessian_II, precision="highest") * steps_OI, format).sum(-1)
+    old = scale_OG.astype(jnp.float32)
+    diagonal = jnp.diagonal(a_OGG, axis1=1, axis2=2)
+    # Held to what they were by a thousandth, so that a group without values or inputs stays.
+    ridge_OG = 1e-3 * diagonal + 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-20
+    a_OGG = a_OGG + ridge_OG[..., None] * jnp.eye(num_groups)
+    new = jnp.linalg.solve(a_OGG, (b_OG + ridge_OG * old)[..., None])[..., 0]
+    return quantized.stored_scale(jnp.where(jnp.isfinite(new), new, old), format)
+
+
+def _shrunken(grouped: Array, format: WeightFormat, shrink: Array, sign: Array) -> tuple[Array, Array | None]:
+    codes = 2.0**format.bits - 1
+    if format.symmetric:
+        largest = float(jnp.finfo(jnp.float8_e4m3fn).max) if format.dtype == "fp8_e4m3" else (codes - 1) / 2
+        return quantized.stored_scale(sign * shrink * jnp.abs(grouped).max(-1) / largest, format), None
+    low, high = shrink * jnp.minimum(grouped.min(-1), 0.0), shrink * jnp.maximum(grouped.max(-1), 0.0)
+    scale = quantized.stored_scale((high - low) / codes, format)
+    steps = scale.astype(jnp.float32)
+    zero = jnp.round(-low / jnp.where(steps == 0, 1, steps))
+    return scale, jnp.clip(zero, 0, codes).astype(jnp.uint8)
+
+
+def _grouped(rows_OI: Array, format: WeightFormat) -> Array:
+    """`[outputs, inputs]` as `[outputs, groups, inputs of a group]`."""
+    size = rows_OI.shape[-1] if format.group_size is None else format.group_size
+    return rows_OI.reshape(rows_OI.shape[0], -1, size)

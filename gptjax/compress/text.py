@@ -1,0 +1,94 @@
+"""Calibration text: rows of tokens of one length, on which a method sees what a model's kernels are multiplied with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.data import source as source_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.types import Array
+
+# Rows are taken evenly from this many times the tokens that they need: a text's beginning is seldom all there is to it.
+_SPREAD = 16
+_DOCUMENTS_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Rows of text as tokens.
+
+    Attributes:
+      source: what was opened.
+      tokens_RT: int32 `[rows, length]`.
+    """
+
+    source: str
+    tokens_RT: np.ndarray
+
+    def batches(self, *, rows_at_once: int) -> list[Array]:
+        """int32 `[B, length]` each, all of one shape: B is the largest divisor of the rows up to `rows_at_once`."""
+        rows = len(self.tokens_RT)
+        size = next(size for size in range(min(rows, rows_at_once), 0, -1) if rows % size == 0)
+        return [jnp.asarray(self.tokens_RT[start : start + size]) for start in range(0, rows, size)]
+
+    def facts(self) -> dict[str, str | int]:
+        """What a checkpoint's lineage keeps of it."""
+        rows, length = self.tokens_RT.shape
+        digest = hashlib.sha256(self.tokens_RT.astype("<i4").tobytes()).hexdigest()
+        return {"source": self.source, "rows": rows, "length": length, "tokens_sha256": digest}
+
+
+def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int, context: int | None = None) -> Calibration:
+    """Reads calibration rows: documents one after another, each behind its start token, cut into equal rows.
+
+    Of a long text the rows are spread evenly over its first `16 * rows * length` tokens.
+
+    Args:
+      spec: a file, a directory or another source that `data.source.open_source` takes.
+      context: the longest row that the model was built for, if it is known.
+
+    Raises:
+      ValueError: if the text is shorter than the rows, or a row is longer than the model's context.
+    """
+    if rows < 1 or length < 2:
+        raise ValueError(f"calibration: {rows} rows of {length} tokens; expected at least 1 row of at least 2")
+    if context is not None and length > context:
+        raise ValueError(f"calibration: rows of {length} tokens are longer than the model's context of {context}")
+    opened = source_lib.open_source(spec)
+    wanted, limit, parts, found = rows * length, _SPREAD * rows * length, [], 0
+    for tokens in _tokenized(opened, tokenizer):
+        parts.append(tokens)
+        found += len(tokens)
+        if found >= limit:
+            break
+    if found < wanted:
+        raise ValueError(
+            f"{opened.description}: has {found:,} tokens, too few for {rows} calibration rows of {length}; give more "
+            f"text, or ask for at most {found // length} rows"
+        )
+    stream = np.concatenate(parts)[:limit]
+    # The last start is where the last whole row fits, and neighbours do not overlap.
+    starts = np.arange(rows) * (len(stream) - length) // max(rows - 1, 1)
+    return Calibration(opened.description, np.stack([stream[start : start + length] for start in starts]))
+
+
+def _tokenized(source: source_lib.Source, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of each document, behind the start token where there is one."""
+    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    waiting: list[str] = []
+
+    def encoded() -> Iterator[np.ndarray]:
+        for tokens in tokenizer.encode_batch(waiting):
+            yield np.concatenate([np.asarray(start, np.int32), tokens.astype(np.int32)])
+
+    for document in source.documents():
+        waiting.append(document.text)
+        if len(waiting) == _DOCUMENTS_AT_ONCE:
+            yield from encoded()
+            waiting.clear()
+    yield from encoded()

@@ -1,0 +1,1 @@
+"""Kernels of our own for CPU, in C++, compiled on the machine that runs them."""

@@ -1,0 +1,67 @@
+"""Seeing what kernels are multiplied with, without a word of it in the modules.
+
+A kernel in `Tapped` is multiplied as it is; its inputs are kept for whoever opened `collect` around the trace. They
+must not cross a loop or another transformation on their way, so a model is traced a layer at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import flax.struct
+
+from gptjax.kernels.grouped import Groups
+from gptjax.types import Array
+
+_found: contextvars.ContextVar[dict[str, Seen] | None] = contextvars.ContextVar("taps", default=None)
+
+
+@flax.struct.dataclass
+class Seen:
+    """The inputs of one kernel.
+
+    Attributes:
+      rows_MI: `[rows, inputs]`.
+      groups: which rows are of which expert; None where there is one kernel.
+    """
+
+    rows_MI: Array
+    groups: Groups | None = None
+
+
+@flax.struct.dataclass
+class Tapped:
+    """A kernel whose inputs are seen; stands in a tree of parameters where the kernel would."""
+
+    kernel: Any
+    path: str = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.kernel.ndim
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[dict[str, Seen]]:
+    """What is seen inside, by path."""
+    found: dict[str, Seen] = {}
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
+
+def record(tapped: Tapped, rows_MI: Array, groups: Groups | None = None) -> None:
+    """Called by the products with a kernel, before it is multiplied."""
+    found = _found.get()
+    assert found is not None, f"{tapped.path}: tapped outside of `collect`"
+    assert tapped.path not in found, f"{tapped.path}: multiplied twice in one layer"
+    found[tapped.path] = Seen(rows_MI, groups)

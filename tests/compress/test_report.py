@@ -1,0 +1,128 @@
+"""The comparison of variants: its figures by hand, and the page."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.compress import measure, report
+from gptjax.data import loader, source, tokenizer, writer
+from gptjax.eval import charts, perplexity
+from gptjax.nn import transformer
+from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from tests.tiny import TINY, random_params
+
+SPEC = dataclasses.replace(TINY, vocab_size=260, seq_len=64)
+TEXT = "the quick brown fox jumps over the lazy dog and the cat sat on the mat. " * 12
+RULE = KernelRule(pattern="group.*kernel", weights=WeightFormat(dtype="int4", group_size=8, symmetric=False))
+
+
+@pytest.fixture(scope="module")
+def original():
+    cfg = SPEC.build()
+    return cfg, random_params(cfg, scale=0.6)
+
+
+@pytest.fixture(scope="module")
+def variant(original):
+    cfg = dataclasses.replace(original[0], quant=QuantConfig(rules=(RULE,)))
+    return cfg, transformer.store(cfg, original[1])
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    documents = [source.Document("0", TEXT), source.Document("1", TEXT[5:300])]
+    path = tmp_path_factory.mktemp("text") / "store"
+    store = writer.write_store(path, documents, tokenizer.byte_level(), description="test")
+    return loader.eval_batches(store, batch_size=2, seq_len=64, stride=64)
+
+
+def test_a_model_beside_itself_is_the_same(original, batches):
+    (found,) = measure.quality(original, [original], list(batches), num_bytes=batches.num_bytes)
+    assert (found.kl, found.agreement, found.loss_ratio, found.loss_ratio_error) == (0, 1, 0, 0)
+    whole = perplexity.evaluate(*original, batches)
+    assert found.loss == pytest.approx(whole.loss, rel=1e-6) and found.accuracy == pytest.approx(whole.accuracy)
+    assert found.bits_per_byte == pytest.approx(perplexity.bits_per_byte(whole.nats, batches.num_bytes), rel=1e-6)
+
+
+def test_figures_of_a_variant_are_those_by_hand(original, variant, batches):
+    (found,) = measure.quality(original, [variant], list(batches), num_bytes=batches.num_bytes)
+    losses, kls, same = [], [], []
+    for batch in batches:
+        args = dict(positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
+        p, q = (
+            np.asarray(transformer.logits(*model, transformer.forward(*model, batch.tokens, **args).hidden_BTD), float)
+            for model in (original, variant)
+        )
+        log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+        for row in range(2):
+            mask = batch.loss_mask[row] > 0
+            if mask.any():
+                at = np.arange(64), batch.targets[row]
+                losses.append((-log_q[row][at][mask].sum(), -log_p[row][at][mask].sum(), mask.sum()))
+                kls.append((np.exp(log_p[row]) * (log_p[row] - log_q[row])).sum(-1)[mask].sum())
+                same.append((p[row].argmax(-1) == q[row].argmax(-1))[mask].sum())
+    own, reference, weight = map(np.asarray, zip(*losses, strict=True))
+    assert found.loss == pytest.approx(own.sum() / weight.sum(), rel=1e-5)
+    assert found.kl == pytest.approx(sum(kls) / weight.sum(), rel=1e-2) and found.kl > 1e-3
+    assert found.agreement == pytest.approx(sum(same) / weight.sum())
+    ratio = (own.sum() - reference.sum()) / weight.sum()
+    assert found.loss_ratio == pytest.approx(ratio, abs=1e-5)
+    rows = len(weight)
+    spread = np.square(own - reference - ratio * weight).sum() * rows / (rows - 1)
+    assert found.loss_ratio_error == pytest.approx(math.sqrt(spread) / weight.sum(), rel=1e-2)
+
+
+def test_another_vocabulary_is_refused(original, batches):
+    other = dataclasses.replace(SPEC, vocab_size=300).build()
+    with pytest.raises(ValueError, match="vocab_size=300: expected the original's 260"):
+        measure.quality(original, [(other, random_params(other))], list(batches)[:1], num_bytes=1)
+
+
+def test_sizes_are_those_in_memory(original, variant):
+    plain, small = measure.size(*original), measure.size(*variant)
+    assert plain.memory_bytes == 4 * plain.num_params and small.num_params == plain.num_params
+    assert small.memory_bytes < 0.8 * plain.memory_bytes
+
+
+def test_no_point_of_the_front_is_behind_another():
+    points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.5, 2.5), (4.0, 1.0), (1.0, 6.0)]
+    assert charts.pareto_front(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
+
+
+def test_the_command_compares_checkpoints(original, variant, tmp_path):
+    for name, (cfg, params) in {"whole": original, "small <b>": variant}.items():
+        meta = meta_lib.make(cfg, tokenizer=tokenizer.byte_level().fingerprint)
+        with CheckpointStore(tmp_path / name) as store:
+            store.save(0, meta=meta, params=params, assets={tokenizer.FILE_NAME: tokenizer.byte_level().to_bytes()})
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = [sys.executable, "-m", "experiments.compress_report", f"--ckpts={tmp_path}/whole,{tmp_path}/small <b>"]
+    command += [f"--data={tmp_path}/text.txt", f"--out={tmp_path}/out", "--num_tokens=512"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out" / "compress.json").read_text())
+    whole, small = figures["variants"]
+    assert whole["quality"]["kl"] == 0 and small["quality"]["kl"] > 0
+    assert small["disk_bytes"] < whole["disk_bytes"] and small["speed"]["decode"] > 0
+    page = (tmp_path / "out" / "compress.html").read_text()
+    assert "small &lt;b&gt;" in page and "<b>" not in page and page.count("<circle") == 4
+    assert f"{small['quality']['perplexity']:,.2f}" in page
+
+
+def test_lines_of_the_table_have_a_cell_for_each_head(original, batches):
+    (quality,) = measure.quality(original, [original], list(batches)[:1], num_bytes=10)
+    one = report.Variant(
+        name="a",
+        quality=quality,
+        size=measure.size(*original),
+        speed=measure.Speed(prefill=1.0, decode=2.0),
+        disk_bytes=9,
+    )
+    head, row = report.rows([one])
+    assert len(head) == len(row) and row[head.index("of original")] == "100%"

@@ -1,0 +1,79 @@
+"""The command from a checkpoint to one in few bits, and what it says of mistakes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.store import CheckpointStore, read_meta
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.model import load
+from tests.nn import zoo
+from tests.tiny import random_params
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "experiments.quantize", *map(str, flags)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_help_is_no_error():
+    result = run("--help")
+    assert result.returncode == 0 and "python -m experiments.quantize" in result.stdout and "--method" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("source")
+    tokenizer = tokenizer_lib.byte_level()
+    cfg = zoo.build("moe", vocab_size=tokenizer.vocab_size, d_model=32)
+    meta = meta_lib.make(cfg, step=7, tokenizer=tokenizer.fingerprint, lineage=({"stage": "pretrain"},))
+    with CheckpointStore(directory / "run") as store:
+        store.save(7, meta=meta, params=random_params(cfg), assets={tokenizer_lib.FILE_NAME: tokenizer.to_bytes()})
+    (directory / "book.txt").write_text("It was a bright cold day in April. " * 60)
+    return directory
+
+
+def test_it_writes_a_checkpoint_that_generates_and_tells_every_leaf(source, tmp_path):
+    flags = ("--method=gptq", "--weights=int4", "--group_size=8", f"--calibration={source / 'book.txt'}")
+    sizes = ("--calibration_rows=6", "--calibration_length=32", "--calibration_batch=4")
+    result = run(f"--ckpt={source / 'run'}", f"--dst={tmp_path / 'small'}", *flags, *sizes)
+    assert result.returncode == 0, result.stderr
+    model = load(tmp_path / "small")
+    meta = read_meta(tmp_path / "small")
+    assert meta.step == 7 and [entry["stage"] for entry in meta.lineage] == ["pretrain", "quantize"]
+    entry = meta.lineage[1]
+    assert entry["calibration"]["rows"] == 6 and len(entry["source"]["params_sha256"]) == 64
+    assert entry["method"]["rounding"] == "gptq" and json.dumps(entry)
+    assert len(model.generate("It", max_new_tokens=4)) > 0
+    lines = result.stdout.splitlines()
+    assert any("router" in line and "decides by small differences" in line for line in lines)
+    assert any("experts_up/kernel" in line and "gptq  output error" in line for line in lines)
+    assert lines[-1].startswith("bytes ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=gptq", "--weights=int4"], "--method=gptq looks at text: give --calibration"),
+        (
+            ["--method=rtn", "--weights=int4"],
+            "group_size=128 does not divide its 32 inputs; expected one of 4, 8, 16, 32",
+        ),
+        (["--method=rtn", "--weights=int8", "--calibration=x"], "--method=rtn does not read --calibration"),
+        (["--method=awq", "--weights=int8", "--calibration=x", "--damping=0.1"], "does not read --damping"),
+        (["--method=smoothquant", "--weights=int8", "--calibration=x"], "give activations=int8"),
+        (["--method=gptq", "--weights=int8", "--calibration=BOOK"], "too few for 128 calibration rows of 32"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(source, tmp_path, flags, message):
+    flags = [flag.replace("BOOK", str(source / "book.txt")) for flag in flags]
+    flags += ["--calibration_length=32"] if any("book" in flag for flag in flags) else []
+    result = run(f"--ckpt={source / 'run'}", f"--dst={tmp_path / 'small'}", *flags)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
