@@ -134,6 +134,11 @@ def export(
         raise ValueError(f"{idle[0]}={getattr(options, idle[0])}: has no effect on {format}; leave it off")
     certificate_lib.check_dtype(options.dtype)
     path = reading.find(checkpoint)
+    if reading.read_meta(path).model.quant is not None:
+        raise ValueError(
+            f"{path}: its kernels are in few bits, which no format is written from; export the checkpoint that it was "
+            "made from, whose path is in its lineage (gguf rounds too: quantization q8_0, q4_0)"
+        )
     settings = {name: str(getattr(options, name)) for name in sorted(given - {"num_threads"})}
     with publish.directory(destination, job={"checkpoint": str(path), "to": format, **settings}) as partial:
         write(path, partial, options)

@@ -22,7 +22,7 @@ from gptjax.interop.judging import Check
 from gptjax.interop.publish import RejectedError
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.nn import transformer
-from gptjax.nn.config import LayerGroup, MoEConfig
+from gptjax.nn.config import KernelRule, LayerGroup, MoEConfig, QuantConfig, WeightFormat
 from gptjax.nn.norm import Norm
 from tests.interop.gguf import models as gguf_models
 from tests.tiny import TINY, random_params
@@ -343,3 +343,15 @@ def test_what_llama_cpp_runs_otherwise_is_a_note_and_no_fault_of_the_conversion(
     assert "rounds the range of YaRN" in note and lost_logit(note) > 1e-3
     back = importing.import_model(tmp_path / "out" / "model.gguf", tmp_path / "back")
     assert max(row.max_logit_difference for row in back.comparisons) < 3e-4 and back.notes == found.notes
+
+
+def test_kernels_in_few_bits_are_not_exported(tmp_path):
+    rule = KernelRule(pattern="mlp", weights=WeightFormat(dtype="int8"))
+    model = dataclasses.replace(TINY.build(), quant=QuantConfig(rules=(rule,)))
+    with CheckpointStore(tmp_path / "run") as store:
+        params = transformer.store(model, random_params(TINY.build()))
+        store.save(0, meta=meta_lib.make(model), params=params)
+    for format in exporting.FORMATS:
+        with pytest.raises(ValueError, match="its kernels are in few bits"):
+            exporting.export(tmp_path / "run", tmp_path / "out", format=format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
