@@ -142,7 +142,7 @@ class _Walker(NamedTuple):
             found = self.inputs(block, stage, weights, xs)
             for path in stage:
                 site = Site(f"{prefix}/{path}", layer, self.layout(f"{prefix}/{path}"))
-                weights = _with(weights, path, self.treat(site, _at(weights, path), found[path]))
+                weights = replaced(weights, path, self.treat(site, at(weights, path), found[path]))
         passed = before if self.sequence == "none" else weights
         return weights, [_run(self.cfg, block, (), passed, x, self.clip)[0] for x in xs]
 
@@ -164,7 +164,7 @@ class _Walker(NamedTuple):
         treated = weights
         for path, inputs in found.items():
             site = Site(f"{name}/{path}", layer + int(path[6 : path.index("/")]), self.layout(f"{name}/{path}"))
-            treated = _with(treated, path, self.treat(site, _at(treated, path), inputs))
+            treated = replaced(treated, path, self.treat(site, at(treated, path), inputs))
         if self.sequence == "none":
             return treated, states
         for _ in range(group.repeats):
@@ -200,7 +200,7 @@ def _run(
     """One layer on one batch, and the inputs of its kernels at `paths`."""
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     for path in paths:
-        weights = _with(weights, path, Tapped(_at(weights, path), path))
+        weights = replaced(weights, path, Tapped(at(weights, path), path))
     # Inputs cannot leave the manual regions of a mesh; the compiler splits what is inside by itself.
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
@@ -258,13 +258,14 @@ def _stages(weights: Params) -> list[list[str]]:
     return [stage for stage in found if stage]
 
 
-def _at(tree: Any, path: str) -> Any:
+def at(tree: Any, path: str) -> Any:
+    """What is at a `/`-joined path of nested dicts."""
     for name in path.split("/"):
         tree = tree[name]
     return tree
 
 
-def _with(tree: Any, path: str, value: Any) -> Any:
+def replaced(tree: Any, path: str, value: Any) -> Any:
     """The tree with another value at a path."""
     name, _, rest = path.partition("/")
-    return {**tree, name: value if not rest else _with(tree[name], rest, value)}
+    return {**tree, name: value if not rest else replaced(tree[name], rest, value)}

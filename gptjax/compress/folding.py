@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from gptjax.compress.calibrate import at, replaced
 from gptjax.nn.config import BlockConfig, MLAConfig, MoEConfig, NormConfig
 from gptjax.types import Array, Params
 
@@ -108,19 +109,19 @@ def fold(block: BlockConfig, weights: Params, place: Fold, factor: Array) -> Par
       factor: positive, `[*lead, inputs]` as `Fold.pooled` gives them; experts have their own behind their up kernels.
     """
     if place.kind == "norm":
-        weights = _set(weights, place.maker, _divided_norm(_norm(block, place), _get(weights, place.maker), factor))
+        weights = replaced(weights, place.maker, _divided_norm(_norm(block, place), at(weights, place.maker), factor))
     else:
-        weights = _set(weights, place.maker, _divided_outputs(_get(weights, place.maker), factor))
+        weights = replaced(weights, place.maker, _divided_outputs(at(weights, place.maker), factor))
     spread = place.spread(factor)
     for path in (*place.readers, *place.also):
-        kernel = _get(weights, path)["kernel"]
-        weights = _set(weights, path, {**_get(weights, path), "kernel": _times_inputs(kernel, spread, path)})
+        kernel = at(weights, path)["kernel"]
+        weights = replaced(weights, path, {**at(weights, path), "kernel": _times_inputs(kernel, spread, path)})
     return weights
 
 
 def rows(weights: Params, path: str, num_inputs: int) -> Array:
     """The rows `[*lead, outputs, inputs]` of a layer's kernel in float32; experts lead."""
-    kernel = _get(weights, path)["kernel"].astype(jnp.float32)
+    kernel = at(weights, path)["kernel"].astype(jnp.float32)
     lead = kernel.shape[: 1 if "experts_" in path else 0]
     return jnp.swapaxes(kernel.reshape(*lead, num_inputs, -1), -1, -2)
 
@@ -163,14 +164,3 @@ def _times_inputs(kernel: Array, factor: Array, path: str) -> Array:
     assert size == factor.shape[-1], f"{path}: {kernel.shape} has no {factor.shape[-1]} inputs"
     shape = kernel.shape[lead : lead + ins] + (1,) * (kernel.ndim - lead - ins)
     return kernel.astype(jnp.float32) * factor.reshape(*factor.shape[:-1], *shape)
-
-
-def _get(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
-def _set(tree: Any, path: str, value: Any) -> Any:
-    name, _, rest = path.partition("/")
-    return {**tree, name: value if not rest else _set(tree[name], rest, value)}
