@@ -43,22 +43,19 @@ class Calibration:
         return {"source": self.source, "rows": rows, "length": length, "tokens_sha256": digest}
 
 
-def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int, context: int | None = None) -> Calibration:
+def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int) -> Calibration:
     """Reads calibration rows: documents one after another, each behind its start token, cut into equal rows.
 
     Of a long text the rows are spread evenly over its first `16 * rows * length` tokens.
 
     Args:
       spec: a file, a directory or another source that `data.source.open_source` takes.
-      context: the longest row that the model was built for, if it is known.
 
     Raises:
-      ValueError: if the text is shorter than the rows, or a row is longer than the model's context.
+      ValueError: if the text is shorter than the rows.
     """
     if rows < 1 or length < 2:
         raise ValueError(f"calibration: {rows} rows of {length} tokens; expected at least 1 row of at least 2")
-    if context is not None and length > context:
-        raise ValueError(f"calibration: rows of {length} tokens are longer than the model's context of {context}")
     opened = source_lib.open_source(spec)
     wanted, limit, parts, found = rows * length, _SPREAD * rows * length, [], 0
     for tokens in _tokenized(opened, tokenizer):

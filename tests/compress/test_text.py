@@ -43,7 +43,6 @@ def test_batches_are_of_one_shape():
     [
         ({"rows": 4, "length": 50}, "too few for 4 calibration rows of 50; give more text, or ask for at most 2 rows"),
         ({"rows": 0, "length": 50}, "0 rows of 50 tokens; expected at least 1 row"),
-        ({"rows": 1, "length": 64, "context": 32}, "rows of 64 tokens are longer than the model's context of 32"),
     ],
 )
 def test_too_short_a_text_is_refused(tmp_path, sizes, message):
