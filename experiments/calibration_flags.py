@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gptjax.model import Model
     from gptjax.types import Array
 
-_SOURCE = flags.DEFINE_string("calibration", None, "Text file, directory, or source as in prepare_data --source.")
+_SOURCE = flags.DEFINE_string("calibration", None, "Text file, token store, or source as in prepare_data --source.")
 _ROWS = flags.DEFINE_integer("calibration_rows", 128, "Rows of calibration text.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer(
     "calibration_length", None, "Tokens of such a row; the model's context, at most 512, unless told.", lower_bound=2
