@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from gptjax.compress import descent, scales
+from gptjax.compress import scales
 from gptjax.nn import quantized
 from gptjax.nn.config import WeightFormat
 from gptjax.types import Array
 
+_MAX_BLOCK = 128
 # Below this part of the mean diagonal a pivot is the rounding error of float32.
 _LEAST_PIVOT = 1e-6
 
@@ -39,13 +40,11 @@ class GPTQ:
         that of its values when they are reached.
       scales: of a group: `reach` its largest value, or `search` for those of least error.
       damping: part of the mean diagonal of the Hessian that is added to it.
-      sweeps: of coordinate descent over codes and scales in the end (`compress.descent`).
     """
 
     order: Literal["none", "activation", "group"] = "group"
     scales: Literal["reach", "search"] = "search"
     damping: float = 0.01
-    sweeps: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.damping < 1.0:
@@ -106,7 +105,7 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     is_static = config.order == "activation" or size == num_inputs
     cost = scales.weighted(jnp.diagonal(hessian_II), format)
     static = _scales(rows_OI, format, config, cost) if is_static else quantized.group_scale(rows_OI, format)
-    block = descent.divisor(num_inputs) if is_static else size
+    block = _divisor(num_inputs) if is_static else size
 
     def round_block(index: Array, state: tuple) -> tuple:
         weights_IO, codes_IO, scale_OG, zero_OG = state
@@ -132,11 +131,7 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     codes_IO = jnp.zeros(rows_OI.T.shape, _code_dtype(format))
     state = (rows_OI.T[order_I], codes_IO, *static)
     _, codes_IO, scale_OG, zero_OG = jax.lax.fori_loop(0, num_inputs // block, round_block, state)
-    found = (codes_IO.T, scale_OG, zero_OG)
-    if config.sweeps:
-        damped_II = hessian_II + damping * jnp.diagonal(hessian_II).mean() * jnp.eye(num_inputs)
-        found = descent.descended(rows_OI, *found, damped_II, format=format, sweeps=config.sweeps)
-    return Rounded(*found, damping)
+    return Rounded(codes_IO.T, scale_OG, zero_OG, damping)
 
 
 def _round_inputs(
@@ -211,6 +206,10 @@ def _inverse_factor(hessian_II: Array, damping: float) -> tuple[Array, Array]:
     asked = jnp.asarray(damping, jnp.float32)
     right, damping_used = jax.lax.while_loop(fails, damped, (factor(asked), asked))
     return solve_triangular(right, eye, lower=False), damping_used
+
+
+def _divisor(num_inputs: int) -> int:
+    return next(size for size in range(min(num_inputs, _MAX_BLOCK), 0, -1) if num_inputs % size == 0)
 
 
 def _code_dtype(format: WeightFormat) -> jnp.dtype:

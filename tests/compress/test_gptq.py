@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.compress import descent, gptq, scales
+from gptjax.compress import gptq, scales
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized
 from gptjax.nn.config import WeightFormat
@@ -177,40 +177,6 @@ def test_searched_scales_are_the_best_of_those_tried(symmetric):
 def test_damping_is_a_part_of_the_diagonal():
     with pytest.raises(ValueError, match="damping=1.5: expected 0 to below 1"):
         GPTQ(damping=1.5)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_descent_lowers_the_error_with_every_sweep(symmetric):
-    format = WeightFormat(dtype="int3", group_size=16, symmetric=symmetric)
-    weights, hessian = problem(6, pruned=0.2)
-    found = [
-        gptq.round_rows(weights, hessian, format=format, config=GPTQ(sweeps=sweeps, damping=1e-6))
-        for sweeps in (0, 1, 3)
-    ]
-    losses = [loss(weights, rounded, hessian, format) for rounded in found]
-    assert losses[1] < 0.95 * losses[0] and losses[2] < losses[1]
-    assert all(np.all(np.asarray(values(rounded, format))[np.asarray(weights) == 0] == 0) for rounded in found)
-
-
-def test_a_sweep_is_the_best_code_and_scale_of_each_in_turn():
-    format = WeightFormat(dtype="int4", group_size=16)
-    weights, hessian = problem(8)
-    scale, _ = quantized.group_scale(weights, format)
-    codes = quantized.encode(weights, scale, None, format)
-    got = descent.descended(weights, codes, scale, None, hessian, format=format, sweeps=1)
-    W, H = np.asarray(weights, np.float64), np.asarray(hessian, np.float64)
-    Q, s, c = (np.array(x, np.float64) for x in (quantized.decode(codes, scale, None, format), scale, codes))
-    for g in range(INPUTS // 16):
-        own = slice(16 * g, 16 * g + 16)
-        d = c[:, own] - 8
-        s[:, g] = (s[:, g] + np.sum(((W - Q) @ H)[:, own] * d, 1) / np.sum(d @ H[own, own] * d, 1)).astype(np.float16)
-        Q[:, own] = s[:, g : g + 1] * d
-        for j in range(16 * g, 16 * g + 16):
-            best = Q[:, j] + ((W - Q) @ H)[:, j] / H[j, j]
-            c[:, j] = np.clip(np.round(best / s[:, g]) + 8, 0, 15)
-            Q[:, j] = s[:, g] * (c[:, j] - 8)
-    assert np.mean(np.asarray(got[0]) == c) > 0.99
-    np.testing.assert_allclose(np.asarray(got[1], np.float64), s, rtol=2e-3)
 
 
 def test_rows_aim_at_the_outputs_of_other_inputs_by_least_squares():
