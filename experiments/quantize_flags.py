@@ -27,7 +27,6 @@ _ACTIVATIONS = flags.DEFINE_enum("activations", "none", ["none", "int8", "fp8"],
 _EMBEDDINGS = flags.DEFINE_enum("embeddings", "none", ["none", "int8", "fp8_e4m3"], "Of the token table and the head.")
 _LEAVE = flags.DEFINE_string("leave", None, "Regular expression of the paths of kernels that stay as they are.")
 _SCALING = flags.DEFINE_enum("scaling", None, ["none", "awq", "smoothquant"], "Of inputs; by the method unless told.")
-_ALPHA = flags.DEFINE_float("alpha", None, "SmoothQuant: the part of the inputs' range that kernels take over.")
 _ORDER = flags.DEFINE_enum("order", None, ["none", "activation", "group"], "GPTQ: inputs in the order of their size.")
 _SCALES = flags.DEFINE_enum(
     "scales", None, ["reach", "search", "refit"], "GPTQ: that reach the largest value, are searched, or refitted too."
@@ -74,14 +73,13 @@ def method() -> Method:
 
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
-    given = {"scaling": scaling, "alpha": _ALPHA.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+    given = {"scaling": scaling, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
     rounding = {name: value for name, value in rounding.items() if value is not None}
     found = dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
     if rounding:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
     unread = [] if found.rounding == "gptq" else list(rounding)
-    unread += ["alpha"] if scaling != "smoothquant" and _ALPHA.value is not None else []
     if not found.is_calibrated:
         names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
         unread += [name for name, value in names.items() if value is not None]

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.compress import awq, calibrate, gptq, smooth
+from gptjax.compress import calibrate, gptq, scales, scaling
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
@@ -32,16 +32,16 @@ class Method:
     Attributes:
       rounding: `nearest`; `clip`, to nearest with groups' ranges searched for; `gptq`.
       scaling: of inputs, before kernels are rounded.
-      alpha: of SmoothQuant.
       clip_norms: see `calibrate.walk`.
+      propagate: how far a kernel also makes good what its inputs lost before it, 0 to 1; see `gptq.aimed`.
     """
 
     rounding: Literal["nearest", "clip", "gptq"]
-    scaling: Literal["none", "smoothquant", "awq"] = "none"
-    alpha: float = 0.5
+    scaling: Literal["none", "awq", "smoothquant"] = "none"
     gptq: GPTQ = GPTQ()
     sequence: calibrate.Sequence_ = "stage"
     clip_norms: float | None = None
+    propagate: float = 0.0
 
     @property
     def is_calibrated(self) -> bool:
@@ -119,8 +119,6 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
     shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
     if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
-    if method.scaling != "none" and any(group.shared for group in cfg.groups):
-        raise ValueError(f"scaling={method.scaling}: layers that share weights cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
         raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
 
@@ -161,6 +159,7 @@ def quantize(
             sequence=method.sequence,
             prepare=prepare,
             clip=method.clip_norms,
+            against="original" if method.propagate else "none",
             told=told,
         )
     done = storage.store(quant, done, transformer.layouts(cfg))
@@ -185,13 +184,16 @@ class _Treated(NamedTuple):
         format, method = rule.weights, self.method
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
-        flat, hessian = _on_each_device(rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian)
+        flat = rows.reshape(*lead, -1, rows.shape[-1])
+        flat, hessian, drift = _on_each_device((flat, inputs.hessian, inputs.drift))
+        if drift is not None:
+            flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
             codes, scale, zero, damping = gptq.round_rows(flat, hessian, format=format, config=method.gptq)
             self._note_damping(site, float(damping.max()))
         else:
             if method.rounding == "clip":
-                scale, zero = awq.clipped_scales(flat, hessian, format=format)
+                scale, zero = scales.clipped(flat, hessian, format=format)
             else:
                 scale, zero = quantized.group_scale(flat, format)
             codes = quantized.encode(flat, scale, zero, format)
@@ -216,19 +218,17 @@ class _Treated(NamedTuple):
             )
 
 
-def _on_each_device(rows: Array, hessian: Array) -> tuple[Array, Array]:
+def _on_each_device(arrays: Any) -> Any:
     """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
     if mesh_rules.current_mesh() is None:
-        return rows, hessian
-    return jax.device_put((rows, hessian), mesh_rules.replicated(jax.sharding.get_mesh()))
+        return arrays
+    return jax.device_put(arrays, mesh_rules.replicated(jax.sharding.get_mesh()))
 
 
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
     if method.scaling == "none":
         return None
-    if method.scaling == "smoothquant":
-        return smooth.prepare(alpha=method.alpha)
-    return awq.prepare(next(rule.weights for rule in quant.rules if rule.weights is not None))
+    return scaling.prepare(next(rule for rule in quant.rules if rule.weights is not None), method.scaling)
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -236,8 +236,8 @@ def _relative_error(
     rows: Array, codes: Array, scale: Array, zero: Array | None, hessian: Array, format: WeightFormat
 ) -> Array:
     error = quantized.decode(codes, scale, zero, format) - rows
-    total = awq.output_error(rows, hessian).sum()
-    return awq.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
+    total = scaling.output_error(rows, hessian).sum()
+    return scaling.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
 
 
 def _check_finite(params: Params) -> None:

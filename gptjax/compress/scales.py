@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,19 @@ def searched(
     scale, zero = quantized.group_scale(rows_OI, format)
     (_, scale, zero), _ = jax.lax.scan(better, (costs(scale, zero), scale, zero), tries)
     return scale, zero
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def clipped(rows: Array, hessian: Array, *, format: WeightFormat) -> tuple[Array, Array | None]:
+    """Scales of rows `[*lead, outputs, inputs]` that cut off what pays, by the error of each group's own outputs."""
+
+    def of_one(rows_OI: Array, hessian_II: Array) -> tuple[Array, Array | None]:
+        return searched(rows_OI, format, by_hessian(hessian_II, format))
+
+    fn = of_one
+    for _ in range(hessian.ndim - 2):
+        fn = jax.vmap(fn)
+    return fn(rows, hessian)
 
 
 def weighted(weight_I: Array, format: WeightFormat) -> Cost:
