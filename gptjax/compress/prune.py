@@ -64,7 +64,7 @@ def prune(
     def treat(site: Site, kernel: Array, inputs: Inputs) -> Array:
         rows = site.layout.to_rows(kernel)
         flat = rows.reshape(*inputs.hessian.shape[:-2], -1, rows.shape[-1])
-        pruned = _by_inputs(flat, inputs, sparsity) if method == "wanda" else _by_hessian(flat, inputs, sparsity)
+        pruned = by_inputs(flat, inputs, sparsity) if method == "wanda" else _by_hessian(flat, inputs, sparsity)
         return site.layout.from_rows(pruned.reshape(rows.shape))
 
     plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
@@ -141,7 +141,7 @@ def _smallest_removed(kernel: Array, layout: Layout, sparsity: Sparsity) -> Arra
     return layout.from_rows(jnp.where(stay, flat, 0).reshape(rows.shape))
 
 
-def _by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
+def by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
     norm = jnp.sqrt(jnp.diagonal(inputs.hessian, axis1=-2, axis2=-1))
     # An expert that the text never reached is pruned by magnitude.
     norm = jnp.where(norm.any(-1, keepdims=True), norm, 1.0)
