@@ -27,6 +27,7 @@ from gptjax.parallel import rules
 from gptjax.types import Array, Params
 
 Sequence_ = Literal["stage", "layer", "none"]
+Against = Literal["none", "original"]
 
 # What is multiplied with the outputs of the kernels of the stage before.
 _STAGES = (
@@ -37,6 +38,11 @@ _STAGES = (
     ("mlp/down", "moe/experts_down", "moe/shared/down"),
 )
 
+# Of one branch of a layer: what is before them need not be computed again once their inputs are known.
+_ENDS = ("attention/out/kernel", "mlp/down/kernel", "moe/shared/down/kernel")
+# Smaller products are no faster for being half of one.
+_LEAST_HALF = 256
+
 
 @flax.struct.dataclass
 class Inputs:
@@ -46,12 +52,15 @@ class Inputs:
       hessian: `sum x x'`, float32 `[I, I]`: half the second derivative of the squared error of an output.
       abs_sum, abs_max: `sum |x|` and `max |x|`, `[I]`.
       count: number of rows.
+      drift: `sum (x0 - x) x'`, `[I, I]`, x0 being the inputs in the model as it was; None where they were not asked
+        for, and for experts, whose rows are others.
     """
 
     hessian: Array
     abs_sum: Array
     abs_max: Array
     count: Array
+    drift: Array | None = None
 
 
 class Site(NamedTuple):
@@ -84,6 +93,7 @@ def walk(
     sequence: Sequence_ = "stage",
     prepare: Prepare | None = None,
     clip: float | None = None,
+    against: Against = "none",
     told: Callable[[int], None] = lambda layer: None,
 ) -> Params:
     """The parameters with every kernel of the layers but routers treated.
@@ -95,13 +105,15 @@ def walk(
         treated; `none`, the model as it was.
       clip: rows longer than this many times the median row count as if they were that long: a few tokens (attention
         sinks) are otherwise most of a Hessian.
+      against: `original` runs the model as it was beside the treated one, and gives `Inputs.drift`.
       told: called with the number of layers that are done.
 
     Raises:
       ValueError: for inputs that are not finite.
     """
     assert cfg.quant is None, "kernels are floats before they are treated"
-    xs = [_embed(cfg, params, tokens) for tokens in batches]
+    embedded = [_embed(cfg, params, tokens) for tokens in batches]
+    xs = [_Hidden(x, x if against == "original" else None) for x in embedded]
     walker = _Walker(cfg, treat, sequence, prepare, clip)
     out, layer = dict(params), 0
     for i, group in enumerate(cfg.groups):
@@ -124,6 +136,17 @@ def walk(
     return out
 
 
+class _Hidden(NamedTuple):
+    """Hidden states of one batch in the treated model, and in the model as it was where that is asked for."""
+
+    x_BTD: Array
+    original_BTD: Array | None
+
+
+_Known = tuple[dict[str, Array], dict[str, Array]]
+"""Inputs of kernels at paths that later treatment does not change, in the treated and in the original model."""
+
+
 class _Walker(NamedTuple):
     cfg: ModelConfig
     treat: Treat
@@ -132,33 +155,35 @@ class _Walker(NamedTuple):
     clip: float | None
 
     def layer(
-        self, prefix: str, block: BlockConfig, weights: Params, xs: list[Array], layer: int
-    ) -> tuple[Params, list[Array]]:
+        self, prefix: str, block: BlockConfig, weights: Params, xs: list[_Hidden], layer: int
+    ) -> tuple[Params, list[_Hidden]]:
         if self.prepare is not None:
-            weights = self.prepare(block, weights, self.inputs(block, _kernels(weights), weights, xs))
+            weights = self.prepare(block, weights, self.inputs(block, _kernels(weights), (weights, weights), xs))
         before = weights
-        stages = _stages(weights) if self.sequence == "stage" else [_kernels(weights)]
-        for stage in stages:
-            found = self.inputs(block, stage, weights, xs)
+        known: list[_Known] = [({}, {}) for _ in xs]
+        for stage in _stages(weights) if self.sequence == "stage" else [_kernels(weights)]:
+            found = self.inputs(block, stage, (weights, before), xs, known)
             for path in stage:
                 site = Site(f"{prefix}/{path}", layer, self.layout(f"{prefix}/{path}"))
                 weights = replaced(weights, path, self.treat(site, at(weights, path), found[path]))
+        if self.sequence != "stage":
+            known = [({}, {}) for _ in xs]
         passed = before if self.sequence == "none" else weights
-        return weights, [_run(self.cfg, block, (), passed, x, self.clip)[0] for x in xs]
+        return weights, self.passed(block, (passed, before), xs, known)
 
     def shared_group(
-        self, name: str, group: LayerGroup, weights: Params, xs: list[Array], layer: int
-    ) -> tuple[Params, list[Array]]:
+        self, name: str, group: LayerGroup, weights: Params, xs: list[_Hidden], layer: int
+    ) -> tuple[Params, list[_Hidden]]:
         """Layers with one set of weights: a kernel's inputs are those of all its uses, before any is treated."""
         found: dict[str, Inputs] = {}
         states = xs
         for _ in range(group.repeats):
             for j, block in enumerate(group.pattern):
                 own = weights[f"block_{j}"]
-                for path, inputs in self.inputs(block, _kernels(own), own, states).items():
+                for path, inputs in self.inputs(block, _kernels(own), (own, own), states).items():
                     key = f"block_{j}/{path}"
                     found[key] = _add(found[key], inputs) if key in found else inputs
-                states = [_run(self.cfg, block, (), own, x, self.clip)[0] for x in states]
+                states = self.passed(block, (own, own), states)
         if self.prepare is not None:
             raise ValueError(f"{name}: layers that share weights cannot be prepared; choose a method without scaling")
         treated = weights
@@ -169,19 +194,38 @@ class _Walker(NamedTuple):
             return treated, states
         for _ in range(group.repeats):
             for j, block in enumerate(group.pattern):
-                xs = [_run(self.cfg, block, (), treated[f"block_{j}"], x, self.clip)[0] for x in xs]
+                xs = self.passed(block, (treated[f"block_{j}"], weights[f"block_{j}"]), xs)
         return treated, xs
 
-    def inputs(self, block: BlockConfig, paths: Sequence[str], weights: Params, xs: list[Array]) -> dict[str, Inputs]:
+    def inputs(
+        self,
+        block: BlockConfig,
+        paths: Sequence[str],
+        weights: tuple[Params, Params],
+        xs: list[_Hidden],
+        known: list[_Known] | None = None,
+    ) -> dict[str, Inputs]:
+        """What the kernels at `paths` see; `weights` are the treated and the original ones. Adds to `known`."""
         total: dict[str, Inputs] | None = None
-        for x in xs:
-            found = _look(self.cfg, block, tuple(paths), weights, x, self.clip)
-            total = found if total is None else {path: _add(total[path], found[path]) for path in total}
+        for i, x in enumerate(xs):
+            found, ends = _look(
+                self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i], self.clip
+            )
+            total = found if total is None else jax.tree.map(_add, total, found, is_leaf=_is_inputs)
+            if known is not None:
+                known[i] = tuple(old | new for old, new in zip(known[i], ends, strict=True))  # type: ignore[assignment]
         assert total is not None, "calibration has rows"
         for path, inputs in total.items():
             if not bool(jnp.isfinite(inputs.hessian).all()):
                 raise ValueError(f"{path}: the calibration text gives inputs that are not finite numbers")
         return total
+
+    def passed(
+        self, block: BlockConfig, weights: tuple[Params, Params], xs: list[_Hidden], known: list[_Known] | None = None
+    ) -> list[_Hidden]:
+        """The hidden states after the layer."""
+        known = [({}, {}) for _ in xs] if known is None else known
+        return [_pass(self.cfg, block, weights, x, seen) for x, seen in zip(xs, known, strict=True)]
 
     def layout(self, path: str) -> Layout:
         return transformer.layouts(self.cfg)[path]
@@ -193,40 +237,86 @@ def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     return transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)  # type: ignore[return-value]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _run(
-    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, x_BTD: Array, clip: float | None
-) -> tuple[Array, dict[str, Inputs]]:
-    """One layer on one batch, and the inputs of its kernels at `paths`."""
+    cfg: ModelConfig,
+    block: BlockConfig,
+    paths: Sequence[str],
+    weights: Params,
+    x_BTD: Array,
+    known: Mapping[str, Array],
+) -> tuple[Array, dict[str, Seen]]:
+    """One layer on one batch, and the inputs of its kernels at `paths`; those in `known` are not computed again."""
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
-    for path in paths:
-        weights = replaced(weights, path, Tapped(at(weights, path), path))
+    for path in {*paths, *known}:
+        weights = replaced(weights, path, Tapped(at(weights, path), path, known.get(path)))
     # Inputs cannot leave the manual regions of a mesh; the compiler splits what is inside by itself.
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
         y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, x_BTD, ctx, None)  # type: ignore[misc]
-    return y_BTD, {path: _summary(seen, clip) for path, seen in found.items()}
+    return y_BTD, found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pass(cfg: ModelConfig, block: BlockConfig, weights: tuple[Params, Params], x: _Hidden, known: _Known) -> _Hidden:
+    own, _ = _run(cfg, block, (), weights[0], x.x_BTD, known[0])
+    if x.original_BTD is None:
+        return _Hidden(own, None)
+    return _Hidden(own, _run(cfg, block, (), weights[1], x.original_BTD, known[1])[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
 def _look(
-    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, x_BTD: Array, clip: float | None
-) -> dict[str, Inputs]:
-    """The inputs alone: the compiler leaves out what of the layer comes after them."""
-    return _run(cfg, block, paths, weights, x_BTD, clip)[1]
+    cfg: ModelConfig,
+    block: BlockConfig,
+    paths: tuple[str, ...],
+    weights: tuple[Params, Params],
+    x: _Hidden,
+    known: _Known,
+    clip: float | None,
+) -> tuple[dict[str, Inputs], _Known]:
+    """The inputs alone: the compiler leaves out what of the layer comes after them.
+
+    Returns:
+      `(inputs, ends)`: those of the last kernel of each branch are also given as they are.
+    """
+    seen = _run(cfg, block, paths, weights[0], x.x_BTD, known[0])[1]
+    wanted: dict[str, Seen] = {}
+    if x.original_BTD is not None:
+        wanted = _run(cfg, block, paths, weights[1], x.original_BTD, known[1])[1]
+    inputs = {path: _summary(seen[path], wanted.get(path), clip) for path in paths}
+    ends = [path for path in paths if path.endswith(_ENDS)]
+    return inputs, tuple({path: of[path].x for path in ends if path in of} for of in (seen, wanted))  # type: ignore[return-value]
 
 
-def _summary(seen: Seen, clip: float | None) -> Inputs:
+def _summary(seen: Seen, wanted: Seen | None, clip: float | None) -> Inputs:
     x_MI = seen.rows_MI.astype(jnp.float32)
+    weight_M1 = jnp.ones((x_MI.shape[0], 1))
     if clip is not None:
         norm_M = jnp.linalg.norm(x_MI, axis=1)
         limit = clip * jnp.nanmedian(jnp.where(norm_M > 0, norm_M, jnp.nan))
-        x_MI = x_MI * jnp.minimum(1.0, limit / jnp.maximum(norm_M, 1e-30))[:, None]
+        weight_M1 = jnp.minimum(1.0, limit / jnp.maximum(norm_M, 1e-30))[:, None]
+        x_MI = x_MI * weight_M1
     size = jnp.abs(x_MI)
-    if seen.groups is None:
-        hessian = jax.lax.dot_general(x_MI, x_MI, (((0,), (0,)), ((), ())), precision="highest")
-        return Inputs(hessian, size.sum(0), size.max(0), jnp.asarray(x_MI.shape[0], jnp.float32))
-    return _summary_by_expert(x_MI, size, seen.groups)
+    if seen.groups is not None:
+        return _summary_by_expert(x_MI, size, seen.groups)
+    drift = None
+    if wanted is not None:
+        drift = _product(wanted.rows_MI.astype(jnp.float32) * weight_M1 - x_MI, x_MI)
+    return Inputs(_gram(x_MI), size.sum(0), size.max(0), jnp.asarray(x_MI.shape[0], jnp.float32), drift)
+
+
+def _gram(x_MI: Array) -> Array:
+    """`sum x x'`; it is symmetric, so three eighths of a large one are not computed."""
+    half = x_MI.shape[1] // 2
+    if half < _LEAST_HALF:
+        return _product(x_MI, x_MI)
+    first, second = x_MI[:, :half], x_MI[:, half:]
+    beside = _product(first, second)
+    return jnp.block([[_gram(first), beside], [beside.T, _gram(second)]])
+
+
+def _product(x_MI: Array, y_MJ: Array) -> Array:
+    return jax.lax.dot_general(x_MI, y_MJ, (((0,), (0,)), ((), ())), precision="highest")
 
 
 def _summary_by_expert(x_MI: Array, size_MI: Array, groups: Groups) -> Inputs:
@@ -242,8 +332,13 @@ def _summary_by_expert(x_MI: Array, size_MI: Array, groups: Groups) -> Inputs:
     return Inputs(hessian, total, jnp.maximum(largest, 0.0), groups.sizes_E.astype(jnp.float32))
 
 
+@jax.jit
 def _add(a: Inputs, b: Inputs) -> Inputs:
-    return Inputs(a.hessian + b.hessian, a.abs_sum + b.abs_sum, jnp.maximum(a.abs_max, b.abs_max), a.count + b.count)
+    return jax.tree.map(operator.add, a, b).replace(abs_max=jnp.maximum(a.abs_max, b.abs_max))
+
+
+def _is_inputs(leaf: Any) -> bool:
+    return isinstance(leaf, Inputs)
 
 
 def _kernels(weights: Params) -> list[str]:

@@ -76,6 +76,26 @@ def round_rows(rows: Array, hessian: Array, *, format: WeightFormat, config: GPT
     return fn(rows.astype(jnp.float32), hessian)
 
 
+@functools.partial(jax.jit, static_argnames=("strength", "damping"))
+def aimed(rows_OI: Array, hessian_II: Array, drift_II: Array, *, strength: float, damping: float) -> Array:
+    """Rows whose outputs are, in least squares, part of the way to those of the model as it was.
+
+    With the inputs `x` of a kernel and `x0` what they were before any kernel was treated, these are
+
+        w + strength * w D inv(H),    D = sum (x0 - x) x',    H = sum x x' (damped).
+
+    Weights that are exactly 0 stay so.
+
+    Source: Arai & Ichikawa 2025, arXiv:2504.09629, section 5.
+    """
+    hessian_II = _without_unseen(hessian_II)
+    mean = jnp.diagonal(hessian_II).mean()
+    lower = jnp.linalg.cholesky(hessian_II + max(damping, 1e-4) * mean * jnp.eye(hessian_II.shape[0]))
+    change = jax.scipy.linalg.cho_solve((lower, True), jnp.matmul(rows_OI, drift_II, precision="highest").T).T
+    moved = rows_OI + strength * change
+    return jnp.where((rows_OI == 0) | ~jnp.isfinite(moved), rows_OI, moved)
+
+
 @functools.partial(jax.jit, static_argnames=("format", "config"))
 def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, config: GPTQ) -> Rounded:
     num_inputs = rows_OI.shape[1]

@@ -34,6 +34,7 @@ class Method:
       scaling: of inputs, before kernels are rounded.
       alpha: of SmoothQuant.
       clip_norms: see `calibrate.walk`.
+      propagate: how far a kernel also makes good what its inputs lost before it, 0 to 1; see `gptq.aimed`.
     """
 
     rounding: Literal["nearest", "clip", "gptq"]
@@ -42,6 +43,7 @@ class Method:
     gptq: GPTQ = GPTQ()
     sequence: calibrate.Sequence_ = "stage"
     clip_norms: float | None = None
+    propagate: float = 0.0
 
     @property
     def is_calibrated(self) -> bool:
@@ -161,6 +163,7 @@ def quantize(
             sequence=method.sequence,
             prepare=prepare,
             clip=method.clip_norms,
+            against="original" if method.propagate else "none",
             told=told,
         )
     done = storage.store(quant, done, transformer.layouts(cfg))
@@ -186,6 +189,8 @@ class _Treated(NamedTuple):
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
         flat, hessian = _on_each_device(rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian)
+        if method.propagate and inputs.drift is not None:
+            flat = gptq.aimed(flat, hessian, inputs.drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
             codes, scale, zero, damping = gptq.round_rows(flat, hessian, format=format, config=method.gptq)
             self._note_damping(site, float(damping.max()))

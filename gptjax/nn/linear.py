@@ -17,7 +17,7 @@ from gptjax.kernels.grouped import Groups, grouped_matmul
 from gptjax.nn import few_bits, init, taps
 from gptjax.nn.quantized import Kernel as AnyKernel
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
-from gptjax.nn.taps import Tapped
+from gptjax.nn.taps import Seen, Tapped
 from gptjax.types import Array
 
 _OUTPUTS = "NHF"
@@ -27,7 +27,8 @@ _NOT_PLAIN = (QuantizedArray, RoundedKernel, Tapped)
 def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
     """`jnp.einsum(spec, x, kernel)` with the kernel in the dtype of `x`."""
     if isinstance(kernel, Tapped):
-        taps.record(kernel, few_bits.rows(spec, x))
+        x = x if kernel.x is None else kernel.x
+        taps.record(kernel, Seen(few_bits.rows(spec, x), x))
         return einsum(spec, x, kernel.kernel)
     if isinstance(kernel, QuantizedArray | RoundedKernel):
         return few_bits.einsum(spec, x, kernel)
@@ -48,7 +49,7 @@ def project(x_BTD: Array, weights: Sequence[tuple[AnyKernel, Array | None]]) -> 
 def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
     """`x[m] @ kernel[e]` for rows sorted by expert; see `kernels.grouped`."""
     if isinstance(kernel_EDF, Tapped):
-        taps.record(kernel_EDF, x_MD, groups)
+        taps.record(kernel_EDF, Seen(x_MD, groups=groups))
         return grouped(x_MD, kernel_EDF.kernel, groups)
     if isinstance(kernel_EDF, QuantizedArray | RoundedKernel):
         x_MD, kernel_EDF = few_bits.operands(x_MD, kernel_EDF)

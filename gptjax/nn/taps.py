@@ -25,19 +25,26 @@ class Seen:
 
     Attributes:
       rows_MI: `[rows, inputs]`.
+      x: as they were multiplied; None for experts.
       groups: which rows are of which expert; None where there is one kernel.
     """
 
     rows_MI: Array
+    x: Array | None = None
     groups: Groups | None = None
 
 
 @flax.struct.dataclass
 class Tapped:
-    """A kernel whose inputs are seen; stands in a tree of parameters where the kernel would."""
+    """A kernel whose inputs are seen; stands in a tree of parameters where the kernel would.
+
+    Attributes:
+      x: is multiplied with the kernel instead of its inputs, which are then not computed; as it was seen before.
+    """
 
     kernel: Any
     path: str = flax.struct.field(pytree_node=False)
+    x: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,9 +66,9 @@ def collect() -> Iterator[dict[str, Seen]]:
         _found.reset(token)
 
 
-def record(tapped: Tapped, rows_MI: Array, groups: Groups | None = None) -> None:
+def record(tapped: Tapped, seen: Seen) -> None:
     """Called by the products with a kernel, before it is multiplied."""
     found = _found.get()
     assert found is not None, f"{tapped.path}: tapped outside of `collect`"
     assert tapped.path not in found, f"{tapped.path}: multiplied twice in one layer"
-    found[tapped.path] = Seen(rows_MI, groups)
+    found[tapped.path] = seen
