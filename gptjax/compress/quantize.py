@@ -17,7 +17,6 @@ from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
 from gptjax.nn.quantized import QuantizedArray
-from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
 
 LAYERS = r"^group_\d+/(?!.*router)"
@@ -188,7 +187,7 @@ class _Treated(NamedTuple):
         format, method = rule.weights, self.method
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
-        flat, hessian = _on_each_device(rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian)
+        flat, hessian = calibrate.on_each_device((rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian))
         if method.propagate and inputs.drift is not None:
             flat = gptq.aimed(flat, hessian, inputs.drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
@@ -219,13 +218,6 @@ class _Treated(NamedTuple):
                 f"{site.path}, layer {site.layer}: the Hessian is singular (too few calibration tokens?); damped by "
                 f"{damping:g} instead of {self.method.gptq.damping:g}"
             )
-
-
-def _on_each_device(rows: Array, hessian: Array) -> tuple[Array, Array]:
-    """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
-    if mesh_rules.current_mesh() is None:
-        return rows, hessian
-    return jax.device_put((rows, hessian), mesh_rules.replicated(jax.sharding.get_mesh()))
 
 
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
