@@ -17,7 +17,6 @@ from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
 from gptjax.nn.quantized import QuantizedArray
-from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
 
 LAYERS = r"^group_\d+/(?!.*router)"
@@ -185,7 +184,7 @@ class _Treated(NamedTuple):
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
         flat = rows.reshape(*lead, -1, rows.shape[-1])
-        flat, hessian, drift = _on_each_device((flat, inputs.hessian, inputs.drift))
+        flat, hessian, drift = calibrate.on_each_device((flat, inputs.hessian, inputs.drift))
         if drift is not None:
             flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
@@ -216,13 +215,6 @@ class _Treated(NamedTuple):
                 f"{site.path}, layer {site.layer}: the Hessian is singular (too few calibration tokens?); damped by "
                 f"{damping:g} instead of {self.method.gptq.damping:g}"
             )
-
-
-def _on_each_device(arrays: Any) -> Any:
-    """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
-    if mesh_rules.current_mesh() is None:
-        return arrays
-    return jax.device_put(arrays, mesh_rules.replicated(jax.sharding.get_mesh()))
 
 
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:

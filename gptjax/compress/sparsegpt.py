@@ -14,7 +14,9 @@ Source: Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1; that weights are
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +26,35 @@ from gptjax.optim import sparsity as sparsity_lib
 from gptjax.optim.sparsity import Sparsity
 from gptjax.types import Array
 
-BLOCK_SIZE = 128
-DAMPING = 0.01
 _MAX_DAMPING = 10.0
-REFIT_STEPS = 20
+_LEAST_WEIGHT = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseGPT:
+    """How weights are chosen and the others moved.
+
+    Attributes:
+      aim: how far, 0 to 1, a kernel's outputs are aimed at those of the model as it was; see `gptq.aimed`.
+      outputs: what an output's error counts where outputs compete: `loss`, by how much the loss turns on it (see
+        `sensitivity`); `equal`.
+      refit_steps: of conjugate gradients at the end.
+      damping: added to the Hessian's diagonal, as a fraction of its mean.
+      block_size: inputs of a block; for n:m the nearest multiple of m below.
+    """
+
+    aim: float = 0.5
+    outputs: Literal["loss", "equal"] = "loss"
+    refit_steps: int = 20
+    damping: float = 0.01
+    block_size: int = 128
+
+
+PUBLISHED = SparseGPT(aim=0.0, outputs="equal", refit_steps=0)
 
 
 def prune(
-    rows: Array,
-    hessian: Array,
-    sparsity: Sparsity,
-    *,
-    damping: float = DAMPING,
-    block_size: int = BLOCK_SIZE,
-    refit_steps: int = REFIT_STEPS,
+    rows: Array, hessian: Array, sparsity: Sparsity, *, config: SparseGPT, weight: Array | None = None
 ) -> Array:
     """The rows with weights removed and the others moved.
 
@@ -47,17 +64,16 @@ def prune(
     Args:
       rows: `[*lead, outputs, inputs]`.
       hessian: `sum x x'`, `[*lead, inputs, inputs]`.
-      damping: added to the Hessian's diagonal, as a fraction of its mean.
-      block_size: inputs of a block; for n:m the nearest multiple of m below.
-      refit_steps: of conjugate gradients at the end; 0 is the published algorithm.
+      weight: what the squared error of an output counts, `[*lead, outputs]`; all count the same without.
 
     Raises:
       ValueError: if no damping helps.
     """
-    lead = rows.shape[:-2]
+    lead, damping = rows.shape[:-2], config.damping
     flat, hessians = rows.reshape(-1, *rows.shape[-2:]), hessian.reshape(-1, *hessian.shape[-2:])
+    weights = jnp.ones(flat.shape[:2]) if weight is None else weight.reshape(flat.shape[:2])
     while True:
-        found = _prune(flat.astype(jnp.float32), hessians, damping, sparsity, block_size, refit_steps)
+        found = _prune(flat.astype(jnp.float32), hessians, weights, damping, sparsity, config)
         if bool(jnp.isfinite(found).all()):
             return found.reshape(*lead, *rows.shape[-2:]).astype(rows.dtype)
         if damping >= _MAX_DAMPING:
@@ -66,13 +82,18 @@ def prune(
         logging.warning("SparseGPT: a singular Hessian; damped by %g of its mean diagonal.", damping)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _prune(rows: Array, hessian: Array, damping: float, sparsity: Sparsity, block_size: int, refit_steps: int) -> Array:
-    def one(w: Array, h: Array) -> Array:
-        pruned = _prune_one(w, h, damping, sparsity, block_size)
-        return _refit(w, pruned, _damped(h, damping), refit_steps) if refit_steps else pruned
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _prune(
+    rows: Array, hessian: Array, weight: Array, damping: float, sparsity: Sparsity, config: SparseGPT
+) -> Array:
+    def one(rows_RI: Array, hessian: Array, weight_R: Array) -> Array:
+        # A row is moved alike whatever its scale, so an output's weight is that of its row while weights are chosen.
+        scale_R1 = jnp.sqrt(weight_R / jnp.maximum(weight_R.mean(), 1e-30))[:, None]
+        scale_R1 = jnp.where(weight_R.any(), jnp.maximum(scale_R1, _LEAST_WEIGHT), 1.0)
+        pruned = _prune_one(rows_RI * scale_R1, hessian, damping, sparsity, config.block_size) / scale_R1
+        return _refit(rows_RI, pruned, _damped(hessian, damping), config.refit_steps) if config.refit_steps else pruned
 
-    return jax.vmap(one)(rows, hessian)
+    return jax.vmap(one)(rows, hessian, weight)
 
 
 def _prune_one(rows_RI: Array, hessian: Array, damping: float, sparsity: Sparsity, block_size: int) -> Array:
