@@ -100,7 +100,7 @@ def walk(
     Raises:
       ValueError: for inputs that are not finite.
     """
-    assert cfg.quant is None, "kernels are floats before they are treated"
+    assert cfg.quant is None or not cfg.quant.rules, "kernels are floats before they are treated"
     xs = [_embed(cfg, params, tokens) for tokens in batches]
     walker = _Walker(cfg, treat, sequence, prepare, clip)
     out, layer = dict(params), 0

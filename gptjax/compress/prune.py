@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from gptjax.compress import calibrate, sparsegpt
 from gptjax.compress.calibrate import Inputs, Site
-from gptjax.nn import quantized, transformer
+from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.optim import sparsity as sparsity_lib
@@ -67,7 +67,7 @@ def prune(
         pruned = _by_inputs(flat, inputs, sparsity) if method == "wanda" else _by_hessian(flat, inputs, sparsity)
         return site.layout.from_rows(pruned.reshape(rows.shape))
 
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
     return cfg, calibrate.walk(plain, params, batches, treat, sequence=sequence, clip=clip, told=told)
 
 
@@ -75,7 +75,7 @@ def check(cfg: ModelConfig, sparsity: Sparsity) -> None:
     """Raises:
     ValueError: if the model cannot be pruned so.
     """
-    if cfg.quant is not None and cfg.quant.stage == "stored":
+    if cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: prune the model that they were made from")
     for path, layout in pruned_layouts(cfg).items():
         sparsity_lib.check(sparsity, layout.num_inputs, path=path)

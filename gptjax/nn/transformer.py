@@ -14,6 +14,7 @@ from flax import linen as nn
 from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
 from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
+from gptjax.nn import cache as kv_cache
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -43,7 +44,12 @@ def store(cfg: ModelConfig, params: Params) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of the parameters; nothing is allocated."""
+    """Shapes and dtypes of the parameters; nothing is allocated.
+
+    Raises:
+      ValueError: naming what cannot be stored as `cfg.quant` says.
+    """
+    kv_cache.check(cfg)
     return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
@@ -227,6 +233,7 @@ def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None)
         rope_tables=tuple(rope.tables(*key, positions_BT) for key in keys),
         rope_keys=tuple(keys),
         causal=cfg.causal,
+        cache_format=cfg.kv_cache,
     )
 
 
