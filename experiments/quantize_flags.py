@@ -15,7 +15,11 @@ _FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
 _METHODS = ["rtn", "smoothquant", "awq", "gptq"]
 _METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.")
 _WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["none", *_FORMATS], "The numbers of the layers' kernels; none leaves them as they are.", required=True
+    "weights",
+    None,
+    ["none", *_FORMATS],
+    "The numbers of the layers' kernels; none leaves them as they are.",
+    required=True,
 )
 _KV_CACHE = flags.DEFINE_string(
     "kv_cache", None, "none, int8, int4, or as int4:g32:asym: of keys and values; as in the model unless told."
@@ -80,7 +84,9 @@ def _weights() -> WeightFormat:
 def _check_cache_alone() -> None:
     given = {"group_size": _GROUP_SIZE, "codes": _CODES, "leave": _LEAVE, "method": _METHOD}
     idle = [name for name, flag in given.items() if flag.value is not None]
-    idle += [name for name, flag in (("activations", _ACTIVATIONS), ("embeddings", _EMBEDDINGS)) if flag.value != "none"]
+    idle += [
+        name for name, flag in (("activations", _ACTIVATIONS), ("embeddings", _EMBEDDINGS)) if flag.value != "none"
+    ]
     if idle:
         raise ValueError(f"--weights=none leaves kernels as they are, and --{idle[0]} has no effect; leave it out")
     if _KV_CACHE.value is None:
@@ -111,7 +117,9 @@ def method() -> Method:
         names = {"calibration": _CALIBRATION.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
         unread += [name for name, value in names.items() if value is not None]
     if unread:
-        raise ValueError(f"--method={_METHOD.value or 'rtn'} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
+        raise ValueError(
+            f"--method={_METHOD.value or 'rtn'} does not read {', '.join(f'--{n}' for n in unread)}; leave it out"
+        )
     if found.is_calibrated and _CALIBRATION.value is None:
         raise ValueError(f"--method={_METHOD.value} looks at text: give --calibration")
     return found

@@ -13,7 +13,6 @@ stay, as do norms and biases.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence

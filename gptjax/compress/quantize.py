@@ -95,6 +95,7 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
         return
     if cfg.quant is not None and cfg.quant.rules:
         _check_trained(cfg, cfg.quant, quant, method)
+    storage.check(quant, transformer.layouts(cfg))
     shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
     if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
@@ -263,15 +264,15 @@ def _leaves(quant: QuantConfig, before: Params, after: Params, treated: _Treated
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(after, is_leaf=quantized.is_quantized):
         name = storage.name(path)
-        sizes = [sum(array.nbytes for array in jax.tree.leaves(part)) for part in (old[name], leaf)]
+        old_bytes, new_bytes = (sum(array.nbytes for array in jax.tree.leaves(part)) for part in (old[name], leaf))
         if not quantized.is_quantized(leaf) or quantized.is_quantized(old[name]):
             why = _why(quant, name) if quant.rules else "only the cache was asked for"
-            found.append(Leaf(name, "left", why, *sizes, None))
+            found.append(Leaf(name, "left", why, old_bytes, new_bytes, None))
             continue
         errors = treated.errors.get(name)
         error = None if errors is None else sum(errors) / len(errors)
         how = f"{_format(leaf.format)}, {treated.how.get(name, 'nearest')}"
-        found.append(Leaf(name, how, "", *sizes, error))
+        found.append(Leaf(name, how, "", old_bytes, new_bytes, error))
     return tuple(found)
 
 

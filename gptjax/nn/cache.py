@@ -139,17 +139,14 @@ def _empty(
     block: BlockConfig, lead: tuple[int, int], max_len: int, dtype: Any, format: CacheFormat | None
 ) -> dict[str, Any]:
     window = block.attention.window
-    has_ring = window is not None and platform() != "plain"
-    slots = min(window, max_len) if has_ring else max_len  # type: ignore[type-var]
+    slots = max_len if window is None or platform() == "plain" else min(window, max_len)
     shapes = {name: (*lead, *shape) for name, shape in _entry_shapes(block, slots).items()}
     entries: dict[str, Any] = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
     if format is not None:
         entries = {
             name: jax.tree.map(
                 lambda part: jnp.zeros(part.shape, part.dtype),
-                quantized.abstract(
-                    shape, format.numbers(shape[-1]), Layout(shape[-1:], ()), activations="none"
-                ),
+                quantized.abstract(shape, format.numbers(shape[-1]), Layout(shape[-1:], ()), activations="none"),
             )
             for name, shape in shapes.items()
         }

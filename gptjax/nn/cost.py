@@ -20,7 +20,6 @@ from gptjax.nn.cache import init_cache
 from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
 from gptjax.nn.transformer import abstract_params
 
-
 _POSITIONS = jax.tree_util.DictKey("positions")
 
 

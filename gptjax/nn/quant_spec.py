@@ -90,7 +90,9 @@ def rules(
 
 
 def weight_format(text: str, *, what: str = "weights") -> WeightFormat:
-    """A kernel's format, such as `int4:g64:asym`; of what is left out, 8 bits have rows and `sym`, others g128 and `asym`.
+    """A kernel's format, such as `int4:g64:asym`.
+
+    Of what is left out, 8 bits have `rows` and `sym`, others `g128` and `asym`.
 
     Raises:
       ValueError: naming what is wrong in it; `what` says whose format it is.

@@ -36,6 +36,23 @@ def with_float_kernels(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, quant=kept)
 
 
+def check(quant: QuantConfig, layouts: Layouts) -> None:
+    """Whether every rule is of some kernel, and these can have its format.
+
+    Raises:
+      ValueError: naming the rule, or the kernel.
+    """
+    for rule in quant.rules:
+        if not any(re.search(rule.pattern, path) for path in layouts):
+            raise ValueError(
+                f"{rule.pattern!r}: no kernel has this in its path; there are {', '.join(sorted(layouts))}"
+            )
+    for path, layout in layouts.items():
+        own = rule_for(quant, path)
+        if own is not None and own.weights is not None:
+            quantized.check(own.weights, layout, path=path)
+
+
 def store(quant: QuantConfig | None, params: Params, layouts: Layouts) -> Params:
     """Float kernels rounded to the nearest of the numbers that they are to be stored in.
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
 from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
-from gptjax.nn import cache as kv_cache
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -49,7 +49,6 @@ def abstract_params(cfg: ModelConfig) -> Params:
     Raises:
       ValueError: naming what cannot be stored as `cfg.quant` says.
     """
-    kv_cache.check(cfg)
     return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
@@ -247,6 +246,7 @@ def layouts(cfg: ModelConfig) -> dict[str, Layout]:
 @functools.lru_cache(maxsize=64)
 def _abstract_boxed(cfg: ModelConfig) -> Any:
     """The tree of `nn.init.Declared` boxes around shapes."""
+    kv_cache.check(cfg)
 
     def declared() -> Any:
         tokens = jnp.zeros((1, 2), jnp.int32)

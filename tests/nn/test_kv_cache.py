@@ -120,7 +120,13 @@ def test_bytes_of_live_arrays_beside_bfloat16(name, format, most):
     floats = quant_spec.with_cache(cfg, None)
     assert num_bytes(cfg) <= most * num_bytes(floats, dtype=jnp.bfloat16)
     assert cost.cache_bytes_per_token(cfg) < most * cost.cache_bytes_per_token(floats, dtype=jnp.bfloat16)
-    _, kv = step(cfg, params, TOKENS_BT, np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0), cache.init_cache(cfg, batch_size=2, max_len=64))
+    _, kv = step(
+        cfg,
+        params,
+        TOKENS_BT,
+        np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0),
+        cache.init_cache(cfg, batch_size=2, max_len=64),
+    )
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == num_bytes(cfg)
 
 
@@ -131,7 +137,9 @@ def test_what_is_scored_is_what_a_cache_of_that_format_is_worth():
     batch = Batch(TOKENS_BT, targets, np.ones((2, LENGTH), np.float32), np.ones((2, LENGTH), np.int32), positions)
     nll_BT, _ = perplexity.token_nll(cfg, params, batch)
     logits = jax.nn.log_softmax(cached_logits(cfg, params, ONE_BY_ONE)[0])
-    np.testing.assert_allclose(nll_BT, -np.take_along_axis(np.asarray(logits), targets[..., None], 2)[..., 0], atol=1e-4)
+    np.testing.assert_allclose(
+        nll_BT, -np.take_along_axis(np.asarray(logits), targets[..., None], 2)[..., 0], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["dense", "window", "mla"])
