@@ -11,12 +11,21 @@ from experiments import calibration_flags
 
 if TYPE_CHECKING:
     from gptjax.compress.quantize import Method
-    from gptjax.nn.config import QuantConfig, WeightFormat
+    from gptjax.nn.config import ModelConfig, QuantConfig, WeightFormat
 
 _FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
 _METHODS = ["rtn", "smoothquant", "awq", "gptq"]
-_METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.", required=True)
-_WEIGHTS = flags.DEFINE_enum("weights", None, _FORMATS, "The numbers of the layers' kernels.", required=True)
+_METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    ["none", *_FORMATS],
+    "The numbers of the layers' kernels; none leaves them as they are.",
+    required=True,
+)
+_KV_CACHE = flags.DEFINE_string(
+    "kv_cache", None, "none, int8, int4, or as int4:g32:asym: of keys and values; as in the model unless told."
+)
 _GROUP_SIZE = flags.DEFINE_integer(
     "group_size", None, "Inputs that share a scale, 0: all of a row; 128 unless told, rows for 8 bits.", lower_bound=0
 )
@@ -38,29 +47,47 @@ _SEQUENCE = flags.DEFINE_enum(
 _CLIP_NORMS = flags.DEFINE_float("clip_norms", None, "Calibration tokens count as at most so many median norms.")
 
 
-def rules() -> QuantConfig:
+def rules(model: ModelConfig) -> QuantConfig:
     """What is stored how.
 
     Raises:
-      ValueError: for a format that there is not.
+      ValueError: for a format that there is not, or flags that have no effect.
     """
-    from gptjax.compress import quantize
-    from gptjax.nn.config import WeightFormat
+    from gptjax.nn import quant_spec
+    from gptjax.nn.config import QuantConfig
 
+    kv_cache = model.kv_cache if _KV_CACHE.value is None else quant_spec.cache_format(_KV_CACHE.value)
+    if _WEIGHTS.value == "none":
+        _check_cache_alone()
+        return QuantConfig(kv_cache=kv_cache)
     dtype: Any = _EMBEDDINGS.value
-    embeddings = None if dtype == "none" else WeightFormat(dtype=dtype)
+    embeddings = None if dtype == "none" else quant_spec.weight_format(dtype)
     activations: Any = "fp8_e4m3" if _ACTIVATIONS.value == "fp8" else _ACTIVATIONS.value
-    return quantize.rules(_weights(), activations=activations, embeddings=embeddings, leave=_LEAVE.value)
+    found = quant_spec.rules(_weights(), activations=activations, embeddings=embeddings, leave=_LEAVE.value)
+    return dataclasses.replace(found, kv_cache=kv_cache)
 
 
 def _weights() -> WeightFormat:
-    from gptjax.nn.config import WeightFormat
+    from gptjax.nn import quant_spec
 
-    dtype: Any = _WEIGHTS.value
-    has_8_bits = dtype in ("int8", "fp8_e4m3")
-    group_size = (0 if has_8_bits else 128) if _GROUP_SIZE.value is None else _GROUP_SIZE.value
-    symmetric = has_8_bits if _CODES.value is None else _CODES.value == "symmetric"
-    return WeightFormat(dtype=dtype, group_size=group_size or None, symmetric=symmetric)
+    parts = [_WEIGHTS.value]
+    if _GROUP_SIZE.value is not None:
+        parts.append(f"g{_GROUP_SIZE.value}" if _GROUP_SIZE.value else "rows")
+    if _CODES.value is not None:
+        parts.append(_CODES.value.removesuffix("metric"))
+    return quant_spec.weight_format(":".join(parts))
+
+
+def _check_cache_alone() -> None:
+    given = {"group_size": _GROUP_SIZE, "codes": _CODES, "leave": _LEAVE, "method": _METHOD}
+    idle = [name for name, flag in given.items() if flag.value is not None]
+    idle += [
+        name for name, flag in (("activations", _ACTIVATIONS), ("embeddings", _EMBEDDINGS)) if flag.value != "none"
+    ]
+    if idle:
+        raise ValueError(f"--weights=none leaves kernels as they are, and --{idle[0]} has no effect; leave it out")
+    if _KV_CACHE.value is None:
+        raise ValueError("nothing to do: --weights=none, and no --kv_cache")
 
 
 def method() -> Method:
@@ -71,7 +98,10 @@ def method() -> Method:
     """
     from gptjax.compress import quantize
 
-    base = quantize.METHODS[_METHOD.value]
+    if _METHOD.value is None and _WEIGHTS.value != "none":
+        raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
+    name = _METHOD.value or "rtn"
+    base = quantize.METHODS[name]
     scaling: Any = _SCALING.value or base.scaling
     given = {"scaling": scaling, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
@@ -81,9 +111,9 @@ def method() -> Method:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
     unread = [] if found.rounding == "gptq" else list(rounding)
     if not found.is_calibrated:
-        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
-        unread += [name for name, value in names.items() if value is not None]
+        unused = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+        unread += [name for name, value in unused.items() if value is not None]
     if unread:
-        raise ValueError(f"--method={_METHOD.value} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
-    calibration_flags.check(f"--method={_METHOD.value}", needed=found.is_calibrated)
+        raise ValueError(f"--method={name} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
+    calibration_flags.check(f"--method={name}", needed=found.is_calibrated)
     return found

@@ -117,7 +117,7 @@ def walk(
     Raises:
       ValueError: for inputs that are not finite.
     """
-    assert cfg.quant is None, "kernels are floats before they are treated"
+    assert cfg.quant is None or not cfg.quant.rules, "kernels are floats before they are treated"
     embedded = [_embed(cfg, params, tokens) for tokens in batches]
     xs = [_Hidden(x, x if against == "original" else None) for x in embedded]
     walker = _Walker(cfg, treat, sequence, prepare, clip)

@@ -69,11 +69,13 @@ class Size:
       num_params: as the architecture counts them, zeros included.
       memory_bytes: of the parameters as they are loaded.
       flops_per_token: forward operations in rows of the model's context; zeros are multiplied like others.
+      cache_bytes_per_token: keys and values that a token leaves behind.
     """
 
     num_params: int
     memory_bytes: int
     flops_per_token: float
+    cache_bytes_per_token: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,7 @@ def size(cfg: ModelConfig, params: Params) -> Size:
         num_params=cost.count(cfg).total,
         memory_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
         flops_per_token=cost.flops_per_token(cfg, cfg.seq_len).forward,
+        cache_bytes_per_token=cost.cache_bytes_per_token(cfg),
     )
 
 

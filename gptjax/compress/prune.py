@@ -13,7 +13,6 @@ stay, as do norms and biases.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from gptjax.compress import calibrate, gptq, sensitivity, sparsegpt
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.sparsegpt import SparseGPT
-from gptjax.nn import quantized, transformer
+from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.optim import sparsity as sparsity_lib
@@ -63,7 +62,7 @@ def prune(
     if not batches:
         raise ValueError(f"method={method}: needs calibration text; give some, or use magnitude")
     config = SparseGPT() if config is None else config
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
     weights: dict[tuple[str, int], Array] = {}
     # Of n:m each output has its own weights, which compete with no other's.
     if method == "sparsegpt" and config.outputs == "loss" and sparsity.group is None and cfg.causal:
@@ -88,7 +87,7 @@ def check(cfg: ModelConfig, sparsity: Sparsity) -> None:
     """Raises:
     ValueError: if the model cannot be pruned so.
     """
-    if cfg.quant is not None and cfg.quant.stage == "stored":
+    if cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: prune the model that they were made from")
     for path, layout in pruned_layouts(cfg).items():
         sparsity_lib.check(sparsity, layout.num_inputs, path=path)

@@ -114,6 +114,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Variant, Variant], str]], ...] = (
     ("disk, MB", lambda v, first: f"{v.disk_bytes / 1e6:,.2f}"),
     ("of original", lambda v, first: f"{v.disk_bytes / first.disk_bytes:.0%}"),
     ("memory, MB", lambda v, first: f"{v.size.memory_bytes / 1e6:,.2f}"),
+    ("cache, B/token", lambda v, first: f"{v.size.cache_bytes_per_token:,}"),
     ("MFLOP/token", lambda v, first: f"{v.size.flops_per_token / 1e6:,.2f}"),
     ("prefill, tok/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
     ("decode, tok/s", lambda v, first: f"{v.speed.decode:,.0f}"),

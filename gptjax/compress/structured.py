@@ -30,7 +30,7 @@ import numpy as np
 
 from gptjax.compress import calibrate
 from gptjax.compress.calibrate import Inputs, Site
-from gptjax.nn import taps, transformer
+from gptjax.nn import storage, taps, transformer
 from gptjax.nn.block import Block
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig
 from gptjax.nn.mlp import activate
@@ -168,7 +168,7 @@ def check(cfg: ModelConfig, cut: Mapping[str, float]) -> None:
     """Raises:
     ValueError: if parts of the model cannot be left out so; `cut` is by the names of `METHODS`.
     """
-    if cut and cfg.quant is not None and cfg.quant.stage == "stored":
+    if cut and cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: cut the model that they were made from")
     if "width" in cut and not 0.0 < cut["width"] < 1.0:
         raise ValueError(
@@ -294,7 +294,7 @@ def _fit(
         found.setdefault(site.path, []).append(np.asarray(stay))
         return site.layout.from_rows(fitted)
 
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
     fitted = calibrate.walk(plain, params, batches, treat)
     shared = {f"group_{i}" for i, group in enumerate(cfg.groups) if group.shared}
     return fitted, {

@@ -134,7 +134,13 @@ def export(
         raise ValueError(f"{idle[0]}={getattr(options, idle[0])}: has no effect on {format}; leave it off")
     certificate_lib.check_dtype(options.dtype)
     path = reading.find(checkpoint)
-    if reading.read_meta(path).model.quant is not None:
+    quant = reading.read_meta(path).model.quant
+    if quant is not None and quant.kv_cache is not None:
+        raise ValueError(
+            f"{path}: its keys and values are in few bits, which no format says; take that back first, by "
+            "experiments.quantize --weights=none --kv_cache=none"
+        )
+    if quant is not None and quant.rules:
         raise ValueError(
             f"{path}: its kernels are in few bits, which no format is written from; export the checkpoint that it was "
             "made from, whose path is in its lineage (gguf rounds too: quantization q8_0, q4_0)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 from flax import linen as nn
@@ -10,7 +11,7 @@ from flax import linen as nn
 from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
-from gptjax.nn.config import AttentionConfig, RopeConfig
+from gptjax.nn.config import AttentionConfig, CacheFormat, RopeConfig
 from gptjax.nn.init import declare
 from gptjax.nn.linear import Kernel, Linear, project
 from gptjax.nn.norm import Norm
@@ -28,6 +29,7 @@ class Context:
       rope_tables: `(cos, sin)` of each entry of `rope_keys`, computed once for all layers.
       rope_keys: distinct rotary configurations of the model with their head sizes.
       causal: whether later positions are hidden.
+      cache_format: what keys and values are rounded to.
     """
 
     positions_BT: Array
@@ -35,6 +37,7 @@ class Context:
     rope_tables: tuple[tuple[Array, Array], ...]
     rope_keys: tuple[tuple[RopeConfig, int], ...] = flax.struct.field(pytree_node=False)
     causal: bool = flax.struct.field(pytree_node=False)
+    cache_format: CacheFormat | None = flax.struct.field(pytree_node=False, default=None)
 
     def rope_table(self, cfg: RopeConfig, head_dim: int) -> tuple[Array, Array]:
         return self.rope_tables[self.rope_keys.index((cfg, head_dim))]
@@ -52,8 +55,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
-    ) -> tuple[Array, Mapping[str, Array] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None
+    ) -> tuple[Array, Mapping[str, Any] | None]:
         cfg, d_model = self.cfg, x_BTD.shape[-1]
         weights = (
             self._kernel("query", cfg.num_heads, "heads", d_model)(),
@@ -69,10 +72,9 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
         q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
         kv = {"keys": k_BTKH, "values": v_BTKH}
-        if cache is not None:
-            cache, view = kv_cache.append(cache, kv, ctx.positions_BT, ring=cfg.window is not None)
-        else:
-            view = {**kv, "positions": ctx.positions_BT}
+        cache, view = kv_cache.attended(
+            cache, kv, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
+        )
         o_BTNH = attention(
             q_BTNH,
             constrain(view["keys"], "act_batch", "act_kv_length", "act_kv_heads", None),

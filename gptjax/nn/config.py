@@ -261,6 +261,24 @@ class KernelRule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheFormat:
+    """The numbers that keys and values are rounded to, for later tokens and for their own; see `nn.cache`.
+
+    Attributes:
+      group_size: consecutive values of a head, or of a latent, that share a scale; None: all of it do.
+      symmetric: as in `WeightFormat`.
+    """
+
+    dtype: Literal["int4", "int8"]
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def numbers(self, width: int) -> WeightFormat:
+        """Of heads or latents of `width` values; their scales are always of 16 bits."""
+        return WeightFormat(dtype=self.dtype, group_size=self.group_size or width, symmetric=self.symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Numbers of few bits in a model.
 
@@ -268,10 +286,12 @@ class QuantConfig:
       rules: of each kernel the first that matches counts; those without one are left as they are.
       stage: `stored` kernels are `nn.quantized.QuantizedArray`s; `train` kernels are floats that each product rounds,
         passing gradients through (quantisation-aware training).
+      kv_cache: of keys and values; None leaves them as they are.
     """
 
-    rules: tuple[KernelRule, ...]
+    rules: tuple[KernelRule, ...] = ()
     stage: Literal["stored", "train"] = "stored"
+    kv_cache: CacheFormat | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +337,7 @@ class ModelConfig:
       logit_softcap: logits become `cap * tanh(logits / cap)`.
       dtype: of activations; `auto` is bfloat16 on accelerators and float32 on CPU.
       remat: what the backward pass recomputes; see `nn.block.remat_policy`.
-      quant: kernels in few bits.
+      quant: kernels, keys and values in few bits.
     """
 
     vocab_size: int
@@ -337,6 +357,16 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return sum(group.num_layers for group in self.groups)
+
+    @property
+    def has_stored_kernels(self) -> bool:
+        """Whether kernels are stored in few bits."""
+        return self.quant is not None and self.quant.stage == "stored" and bool(self.quant.rules)
+
+    @property
+    def kv_cache(self) -> CacheFormat | None:
+        """What keys and values are rounded to."""
+        return None if self.quant is None else self.quant.kv_cache
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:

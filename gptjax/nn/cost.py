@@ -8,14 +8,19 @@ count the active ones. Recomputation is not counted.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
+from gptjax.nn import storage
+from gptjax.nn.cache import init_cache
 from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
 from gptjax.nn.transformer import abstract_params
+
+_POSITIONS = jax.tree_util.DictKey("positions")
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Flops:
 def count(cfg: ModelConfig) -> Counts:
     """Counts parameters from shapes, so that what exists is what is counted."""
     total = inactive = embedding = 0
-    floats = abstract_params(dataclasses.replace(cfg, quant=None))
+    floats = abstract_params(storage.with_float_kernels(cfg))
     for path, leaf in jax.tree_util.tree_leaves_with_path(floats):
         names = [str(key.key) for key in path]
         size = math.prod(leaf.shape)
@@ -93,15 +98,15 @@ def attended_pairs(seq_len: int, *, window: int | None, causal: bool) -> int:
     return backward if causal else 2 * backward - seq_len
 
 
-def cache_bytes_per_token(cfg: ModelConfig, *, bytes_per_value: int) -> int:
-    """Bytes that one position adds to the key/value cache while no window is full."""
-    width = 0
-    for block in cfg.blocks:
-        if isinstance(block.attention, AttentionConfig):
-            width += 2 * block.attention.num_kv_heads * block.attention.head_dim
-        else:
-            width += block.attention.kv_latent + block.attention.rope_head_dim
-    return width * bytes_per_value
+def cache_bytes_per_token(cfg: ModelConfig, *, dtype: Any = None) -> int:
+    """Bytes of keys and values that one position adds to the cache while no window is full.
+
+    Args:
+      dtype: as for `init_cache`.
+    """
+    cache = jax.eval_shape(functools.partial(init_cache, cfg, batch_size=1, max_len=1, dtype=dtype))
+    entries = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(cache) if path[-1] != _POSITIONS]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in entries)
 
 
 def _pair_width(block: BlockConfig) -> int:

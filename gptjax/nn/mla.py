@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -35,17 +36,17 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
-    ) -> tuple[Array, Mapping[str, Array] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None
+    ) -> tuple[Array, Mapping[str, Any] | None]:
         cfg = self.cfg
         table = ctx.rope_table(cfg.rope, cfg.rope_head_dim)
         q_BTNH = self._query(x_BTD)
         q_nope, q_rope = q_BTNH[..., : cfg.nope_head_dim], rope.rotate(q_BTNH[..., cfg.nope_head_dim :], table)
         latents_BTR, key_BTH = self._latents(x_BTD, table)
-        view = {"latents": latents_BTR, "rotated_keys": key_BTH, "positions": ctx.positions_BT}
-        if cache is not None:
-            new = {"latents": latents_BTR, "rotated_keys": key_BTH}
-            cache, view = kv_cache.append(cache, new, ctx.positions_BT, ring=cfg.window is not None)
+        new = {"latents": latents_BTR, "rotated_keys": key_BTH}
+        cache, view = kv_cache.attended(
+            cache, new, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
+        )
         up_RNH, value_RNH = self._up_kernels()
         latents, keys = view["latents"].astype(x_BTD.dtype), view["rotated_keys"].astype(x_BTD.dtype)
         absorbed = cache is not None and x_BTD.shape[1] == 1

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from gptjax.nn import quant_spec
 from gptjax.nn.config import (
     Activation,
     AttentionConfig,
@@ -40,6 +41,8 @@ class ModelSpec:
     """The flat keys of `config.model`. Keys with a default are choices that most models leave off.
 
     Attributes:
+      quant: what products round kernels, keys and values to while training, such as `int4:g64:asym`; `nn.quant_spec`
+        says what there is. Parameters stay floats until `experiments.quantize` stores them so.
       window: sliding window of the local layers; None makes every layer see all positions.
       global_every: with a window, each n-th layer sees all positions; 0: no layer does.
       local_rope_theta: rotary base of the local layers, which are then not stretched by `rope_scaling`
@@ -79,8 +82,10 @@ class ModelSpec:
     moe: MoEConfig | None = None
     moe_every: int = 1
     first_k_dense: int = 0
+    quant: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quant", self.quant or None)
         sizes = "vocab_size seq_len d_model num_layers num_heads num_kv_heads head_dim d_ff moe_every".split()
         for name in sizes:
             if getattr(self, name) < 1:
@@ -89,6 +94,8 @@ class ModelSpec:
             raise ValueError(f"first_k_dense={self.first_k_dense}: expected 0 to num_layers={self.num_layers}")
         if self.global_every < 0:
             raise ValueError(f"global_every={self.global_every}: expected at least 0")
+        if self.quant is not None:
+            quant_spec.parse(self.quant)  # which checks
         self._refuse_what_has_no_effect()
 
     def _refuse_what_has_no_effect(self) -> None:
@@ -130,6 +137,7 @@ class ModelSpec:
             logit_softcap=self.logit_softcap,
             dtype=self.dtype,
             remat=self.remat,
+            quant=None if self.quant is None else quant_spec.parse(self.quant),
         )
 
     def _norm(self) -> NormConfig:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope, storage
 from gptjax.nn.attention import Context
 from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
@@ -43,7 +44,11 @@ def store(cfg: ModelConfig, params: Params) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of the parameters; nothing is allocated."""
+    """Shapes and dtypes of the parameters; nothing is allocated.
+
+    Raises:
+      ValueError: naming what cannot be stored as `cfg.quant` says.
+    """
     return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
@@ -227,6 +232,7 @@ def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None)
         rope_tables=tuple(rope.tables(*key, positions_BT) for key in keys),
         rope_keys=tuple(keys),
         causal=cfg.causal,
+        cache_format=cfg.kv_cache,
     )
 
 
@@ -240,6 +246,7 @@ def layouts(cfg: ModelConfig) -> dict[str, Layout]:
 @functools.lru_cache(maxsize=64)
 def _abstract_boxed(cfg: ModelConfig) -> Any:
     """The tree of `nn.init.Declared` boxes around shapes."""
+    kv_cache.check(cfg)
 
     def declared() -> Any:
         tokens = jnp.zeros((1, 2), jnp.int32)
