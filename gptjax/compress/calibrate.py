@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gptjax.kernels.grouped import Groups, grouped_matmul
 from gptjax.nn import quantized, taps, transformer
-from gptjax.nn.block import Block
+from gptjax.nn.block import Block, Stream
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.nn.taps import Seen, Tapped
@@ -132,8 +132,8 @@ class _Walker(NamedTuple):
     clip: float | None
 
     def layer(
-        self, prefix: str, block: BlockConfig, weights: Params, xs: list[Array], layer: int
-    ) -> tuple[Params, list[Array]]:
+        self, prefix: str, block: BlockConfig, weights: Params, xs: list[Stream], layer: int
+    ) -> tuple[Params, list[Stream]]:
         if self.prepare is not None:
             weights = self.prepare(block, weights, self.inputs(block, _kernels(weights), weights, xs))
         before = weights
@@ -147,8 +147,8 @@ class _Walker(NamedTuple):
         return weights, [_run(self.cfg, block, (), passed, x, self.clip)[0] for x in xs]
 
     def shared_group(
-        self, name: str, group: LayerGroup, weights: Params, xs: list[Array], layer: int
-    ) -> tuple[Params, list[Array]]:
+        self, name: str, group: LayerGroup, weights: Params, xs: list[Stream], layer: int
+    ) -> tuple[Params, list[Stream]]:
         """Layers with one set of weights: a kernel's inputs are those of all its uses, before any is treated."""
         found: dict[str, Inputs] = {}
         states = xs
@@ -172,7 +172,7 @@ class _Walker(NamedTuple):
                 xs = [_run(self.cfg, block, (), treated[f"block_{j}"], x, self.clip)[0] for x in xs]
         return treated, xs
 
-    def inputs(self, block: BlockConfig, paths: Sequence[str], weights: Params, xs: list[Array]) -> dict[str, Inputs]:
+    def inputs(self, block: BlockConfig, paths: Sequence[str], weights: Params, xs: list[Stream]) -> dict[str, Inputs]:
         total: dict[str, Inputs] | None = None
         for x in xs:
             found = _look(self.cfg, block, tuple(paths), weights, x, self.clip)
@@ -188,32 +188,33 @@ class _Walker(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Stream:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)  # type: ignore[return-value]
+    return Stream(transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _run(
-    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, x_BTD: Array, clip: float | None
-) -> tuple[Array, dict[str, Inputs]]:
+    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, stream: Stream, clip: float | None
+) -> tuple[Stream, dict[str, Inputs]]:
     """One layer on one batch, and the inputs of its kernels at `paths`."""
+    x_BTD = stream.x_BTD
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     for path in paths:
         weights = replaced(weights, path, Tapped(at(weights, path), path))
     # Inputs cannot leave the manual regions of a mesh; the compiler splits what is inside by itself.
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
-        y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, x_BTD, ctx, None)  # type: ignore[misc]
-    return y_BTD, {path: _summary(seen, clip) for path, seen in found.items()}
+        after, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, stream, ctx, None)  # type: ignore[misc]
+    return after, {path: _summary(seen, clip) for path, seen in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _look(
-    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, x_BTD: Array, clip: float | None
+    cfg: ModelConfig, block: BlockConfig, paths: tuple[str, ...], weights: Params, stream: Stream, clip: float | None
 ) -> dict[str, Inputs]:
     """The inputs alone: the compiler leaves out what of the layer comes after them."""
-    return _run(cfg, block, paths, weights, x_BTD, clip)[1]
+    return _run(cfg, block, paths, weights, stream, clip)[1]
 
 
 def _summary(seen: Seen, clip: float | None) -> Inputs:
@@ -254,7 +255,10 @@ def _kernels(weights: Params) -> list[str]:
 def _stages(weights: Params) -> list[list[str]]:
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=quantized.is_quantized)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    found = [[f"{name}/kernel" for name in stage if f"{name}/kernel" in paths] for stage in _STAGES]
+    found = []
+    for stage in _STAGES:
+        for parts in (("kernel", "kernel/reduce"), ("kernel/expand",)):
+            found.append([f"{name}/{part}" for name in stage for part in parts if f"{name}/{part}" in paths])
     return [stage for stage in found if stage]
 
 

@@ -121,6 +121,8 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
     if method.scaling != "none" and any(group.shared for group in cfg.groups):
         raise ValueError(f"scaling={method.scaling}: layers that share weights cannot be scaled; use rtn or gptq")
+    if method.scaling != "none" and cfg.low_rank:
+        raise ValueError(f"scaling={method.scaling}: kernels in two factors cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
         raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
 
@@ -264,7 +266,7 @@ def _leaves(quant: QuantConfig, before: Params, after: Params, treated: _Treated
 
 def _why(quant: QuantConfig, path: str, leaf: Any) -> str:
     """A parameter was left as it is."""
-    if not re.search(r"(kernel|embed/tokens)$", path):
+    if not re.search(r"(/kernel(/reduce|/expand)?|embed/tokens)$", path):
         return f"{path.rpartition('/')[2]}: not a kernel"
     matching = [rule for rule in quant.rules if re.search(rule.pattern, path)]
     if matching:
