@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -31,10 +32,10 @@ def aligned(block: BlockConfig, weights: Params, *, like: Params) -> Params:
 def _mlp(own: Params, like: Params) -> Params:
     dims = {"up": -1, "gate": -1, "down": -2}
     order = _order(sum(_likeness(own[n]["kernel"], like[n]["kernel"], dim) for n, dim in dims.items() if n in own))
-    out = {name: {**part, "kernel": np.take(part["kernel"], order, dims[name])} for name, part in own.items()}
+    out = {name: {**part, "kernel": jnp.take(part["kernel"], order, dims[name])} for name, part in own.items()}
     for name in out.keys() - {"down"}:  # whose bias is of outputs
         if "bias" in out[name]:
-            out[name]["bias"] = np.take(own[name]["bias"], order, -1)
+            out[name]["bias"] = jnp.take(own[name]["bias"], order, -1)
     return _like(own, out)
 
 
@@ -54,10 +55,10 @@ def _attention(cfg: AttentionConfig, own: Params, like: Params) -> Params:
     for name, index in (("query", queries), ("key", order), ("value", order)):
         for leaf in ("kernel", "bias"):
             if leaf in out.get(name, {}):
-                out[name][leaf] = np.take(own[name][leaf], index, -2)
-    out["out"]["kernel"] = np.take(own["out"]["kernel"], queries, -3)
+                out[name][leaf] = jnp.take(own[name][leaf], index, -2)
+    out["out"]["kernel"] = jnp.take(own["out"]["kernel"], queries, -3)
     if "sinks" in out:
-        out["sinks"] = np.take(own["sinks"], queries, -1)
+        out["sinks"] = jnp.take(own["sinks"], queries, -1)
     return _like(own, out)
 
 

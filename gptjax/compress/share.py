@@ -24,7 +24,7 @@ import numpy as np
 
 from gptjax.compress import structured
 from gptjax.compress.align import aligned
-from gptjax.nn import sharing, transformer
+from gptjax.nn import sharing, storage, transformer
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig
 from gptjax.nn.sharing import SharingConfig
 from gptjax.types import Array, Params
@@ -87,7 +87,7 @@ def layers(
             lines.append(Line(f"{name}: layers {numbers}", how, _count(found), _count(blocks[f"block_{j}"])))
         out[f"group_{i}"] = blocks
         start += group.num_layers
-    return Shared(made, out, tuple(lines))
+    return Shared(made, out, (*lines, *_left(params, "not of a layer")))
 
 
 def keys_and_values(
@@ -121,6 +121,7 @@ def keys_and_values(
             sizes = _count([found[layer][1]]), _count([changed[layer][1]])
             lines.append(Line(f"layer {number + layer + 1}", how, *sizes))
         number += group.num_layers
+    lines += _left(params, "not of a layer")
     return Shared(dataclasses.replace(cfg, groups=tuple(groups)), out, tuple(lines))
 
 
@@ -169,6 +170,13 @@ def _mean(block: BlockConfig, members: Sequence[Params], init: Init) -> Params:
 
 def _stacked(members: Sequence[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def _left(params: Params, why: str) -> list[Line]:
+    """Lines for what is outside of the layers."""
+    outside = {name: leaf for name, leaf in params.items() if not name.startswith("group_")}
+    leaves = jax.tree_util.tree_leaves_with_path(outside)
+    return [Line(storage.name(path), f"left: {why}", leaf.size, leaf.size) for path, leaf in leaves]
 
 
 def _count(trees: object) -> int:
