@@ -1,4 +1,4 @@
-r"""Makes parts of a trained model use the same weights, or fewer: layers, keys and values, embeddings, low-rank factors.
+r"""Makes layers of a trained model share weights or keys and values, ties its embeddings, or factorises its kernels.
 
     python -m experiments.share --ckpt=runs/demo --dst=runs/half --pattern=adjacent --unique=2
     python -m experiments.share --ckpt=runs/demo --dst=runs/thin --rank=0.5 --calibration=a.txt

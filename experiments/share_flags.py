@@ -58,7 +58,9 @@ def check() -> bool:
         raise ValueError("--rank and --energy both say how large factors are; give one")
     if _ENERGY.value is not None and _SVD.value == "weights":
         raise ValueError("--svd=weights does not read --energy, which is of outputs; give --rank")
-    return (is_low_rank and _SVD.value == "activations") or (_PATTERN.value is not None and _INIT.value == "influential")
+    return (is_low_rank and _SVD.value == "activations") or (
+        _PATTERN.value is not None and _INIT.value == "influential"
+    )
 
 
 def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[Any]], dict[str, Any]]:
@@ -82,7 +84,7 @@ def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[An
         if _RANK.value is not None:
             ranks = low_rank.ranks_of_size(cfg, _RANK.value, leave=_LEAVE.value)
         else:
-            ranks = low_rank.ranks_of_energy(cfg, params, seen, _ENERGY.value, leave=_LEAVE.value)
+            ranks = low_rank.ranks_of_energy(cfg, params, seen, _ENERGY.value or 0.0, leave=_LEAVE.value)
         cfg, params, lines, _ = low_rank.factorise(cfg, params, seen, ranks)
         tables["factors"], asked["svd"] = list(lines), _SVD.value
         asked["low_rank"] = [{"pattern": rule.pattern, "rank": rule.rank} for rule in cfg.low_rank]
@@ -91,7 +93,7 @@ def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[An
 
 def to_train(asked: dict[str, Any]) -> str:
     """The flags by which a config of the original's becomes one of what was made."""
-    keys = {name: asked[name] for name in ("sharing", "kv_every", "low_rank") if name in asked}
+    keys: dict[str, Any] = {name: asked[name] for name in ("sharing", "kv_every", "low_rank") if name in asked}
     if "tie" in asked:
         keys["tie_embeddings"] = True
     return " ".join(f"--config.model.{name}='{json.dumps(value)}'" for name, value in keys.items())

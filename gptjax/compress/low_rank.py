@@ -85,7 +85,7 @@ def ranks_of_energy(
     def look(site: Site, kernel: Array, inputs: Inputs) -> Array:
         if site.path in kernels:
             rows, hessian = _flat(site.layout, kernel, inputs)
-            parts = np.asarray(_components(rows, hessian)[0]).reshape(-1, rows.shape[-2])
+            parts = np.asarray(_components(rows, hessian)[0]).reshape(-1, min(rows.shape[-2:]))
             found.setdefault(site.path, []).extend(parts / np.maximum(parts.sum(-1, keepdims=True), 1e-30))
         return kernel
 
@@ -181,9 +181,17 @@ def _flat(layout: Layout, kernel: Array, inputs: Inputs) -> tuple[Array, Array]:
 
 @jax.jit
 def _components(rows: Array, hessian: Array) -> tuple[Array, Array]:
-    """The squares `[*experts, outputs]` of the outputs along their principal components, largest first, and those."""
-    gram = jnp.einsum("...oi,...ij,...pj->...op", rows, hessian, rows, precision="highest")
-    values, vectors = jnp.linalg.eigh(gram)
+    """The squares `[*experts, num]` of the outputs along their principal components, largest first, and those.
+
+    There are as many as inputs or outputs, whichever are fewer: more outputs are first reduced to what a basis of the
+    kernel's columns says of them, so that rounding cannot mix directions into the components that no input leads to.
+    """
+    basis = None
+    if rows.shape[-2] > rows.shape[-1]:
+        basis, rows = jnp.linalg.qr(rows)
+    product = functools.partial(jnp.matmul, precision="highest")
+    values, vectors = jnp.linalg.eigh(product(product(rows, hessian), jnp.swapaxes(rows, -1, -2)))
+    vectors = vectors if basis is None else product(basis, vectors)
     return jnp.maximum(values[..., ::-1], 0.0), vectors[..., ::-1]
 
 

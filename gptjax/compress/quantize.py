@@ -15,7 +15,7 @@ from gptjax.compress import awq, calibrate, gptq, smooth
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
-from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
+from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat, uses_others_kv
 from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
@@ -121,6 +121,8 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
     if method.scaling != "none" and any(group.shared for group in cfg.groups):
         raise ValueError(f"scaling={method.scaling}: layers that share weights cannot be scaled; use rtn or gptq")
+    if method.scaling != "none" and any(map(uses_others_kv, cfg.blocks)):
+        raise ValueError(f"scaling={method.scaling}: values that several layers use cannot be scaled; use rtn or gptq")
     if method.scaling != "none" and cfg.low_rank:
         raise ValueError(f"scaling={method.scaling}: kernels in two factors cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):

@@ -32,7 +32,7 @@ from gptjax.compress import calibrate
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.nn import taps, transformer
 from gptjax.nn.block import Block, Stream
-from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig
+from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig, uses_others_kv
 from gptjax.nn.mlp import activate
 from gptjax.nn.moe import route
 from gptjax.parallel import rules
@@ -172,6 +172,11 @@ def check(cfg: ModelConfig, cut: Mapping[str, float]) -> None:
         raise ValueError("the model's kernels are in few bits already: cut the model that they were made from")
     if cut and cfg.low_rank:
         raise ValueError("the model's kernels are in two factors already: cut the model that they were made from")
+    if cut.keys() & {"depth", "heads"} and any(map(uses_others_kv, cfg.blocks)):
+        raise ValueError(
+            f"{', '.join(sorted(cut.keys() & {'depth', 'heads'}))}: layers use the keys and values of others, which "
+            "would go; cut the model before they are shared, or its width"
+        )
     if "width" in cut and not 0.0 < cut["width"] < 1.0:
         raise ValueError(
             f"width={cut['width']:g}: expected above 0 and below 1, the part of the hidden units that stays"
@@ -181,8 +186,6 @@ def check(cfg: ModelConfig, cut: Mapping[str, float]) -> None:
             raise ValueError(f"depth={cut['depth']:g}: expected 1 to {cfg.num_layers - 1}, the layers that stay")
         if any(group.shared for group in cfg.groups):
             raise ValueError("depth: the model shares weights between layers, which would come apart; cut others")
-        if any(isinstance(b.attention, AttentionConfig) and b.attention.kv == "previous" for b in cfg.blocks):
-            raise ValueError("depth: layers use the keys and values of others, which could go; cut others")
     for block in cfg.blocks:
         if "heads" in cut:
             _check_heads(block, cut["heads"])

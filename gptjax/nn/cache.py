@@ -4,8 +4,9 @@ A cache is a nested dict `group_<i>/block_<j>/{entries..., positions}` with the 
 group stacked on a leading axis. Entries are `keys, values [B, K, S, H]`, heads first as
 attention reads them (a step would else transpose the whole cache), or `latents [B, S, R]`
 and `rotated_keys [B, S, H]` for latent attention. `positions [B, S]` holds the position of
-every slot, -1 where empty (a layer that uses the keys and values of the one before has no entries), so that attention masks follow from data: rows may stand at
-different positions, and a windowed layer keeps a ring of its last `window` positions.
+every slot, -1 where empty, so that attention masks follow from data: rows may stand at
+different positions, and a windowed layer keeps a ring of its last `window` positions. A layer that
+uses the keys and values of the one before it has no entries.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig
+from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, uses_others_kv
 from gptjax.nn.linear import compute_dtype
 from gptjax.parallel.mesh import platform
 from gptjax.types import Array
@@ -42,7 +43,7 @@ def init_cache(cfg: ModelConfig, *, batch_size: int, max_len: int, dtype: Any = 
 
 def _empty(block: BlockConfig, lead: tuple[int, int], max_len: int, dtype: Any) -> dict[str, Array]:
     cfg = block.attention
-    if isinstance(cfg, AttentionConfig) and cfg.kv == "previous":
+    if uses_others_kv(block):
         return {}
     has_ring = cfg.window is not None and platform() != "plain"
     slots = min(cfg.window, max_len) if has_ring else max_len  # type: ignore[type-var]

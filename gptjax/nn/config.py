@@ -304,7 +304,7 @@ class LayerGroup:
         if not self.pattern or self.repeats < 1:
             raise ValueError(f"a layer group needs blocks and repeats >= 1, got repeats={self.repeats}")
         for before, block in zip((None, *self.pattern), self.pattern, strict=False):
-            if isinstance(block.attention, AttentionConfig) and block.attention.kv == "previous":
+            if uses_others_kv(block):
                 _check_previous(before, block.attention)
 
     @property
@@ -312,7 +312,12 @@ class LayerGroup:
         return len(self.pattern) * self.repeats
 
 
-def _check_previous(before: BlockConfig | None, cfg: AttentionConfig) -> None:
+def uses_others_kv(block: BlockConfig) -> bool:
+    """Whether a layer attends to the keys and values of the one before it."""
+    return isinstance(block.attention, AttentionConfig) and block.attention.kv == "previous"
+
+
+def _check_previous(before: BlockConfig | None, cfg: AttentionConfig | MLAConfig) -> None:
     theirs = None if before is None else before.attention
     if not isinstance(theirs, AttentionConfig):
         raise ValueError(
@@ -332,7 +337,7 @@ class RankRule:
     """A kernel as the product of two, `[inputs, rank]` and `[rank, outputs]`; see `nn.low_rank`.
 
     Attributes:
-      pattern: regular expression, searched for in the paths of the layers' kernels; of each kernel the first rule counts.
+      pattern: regular expression, searched for in the paths of layers' kernels; of each the first rule counts.
     """
 
     pattern: str

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import jax
 
 from gptjax.nn import low_rank
-from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
+from gptjax.nn.config import (
+    GATED_ACTIVATIONS,
+    AttentionConfig,
+    BlockConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    uses_others_kv,
+)
 from gptjax.nn.transformer import abstract_params, layouts
 
 
@@ -115,9 +123,9 @@ def cache_bytes_per_token(cfg: ModelConfig, *, bytes_per_value: int) -> int:
     """Bytes that one position adds to the key/value cache while no window is full."""
     width = 0
     for block in cfg.blocks:
+        if uses_others_kv(block):
+            continue
         if isinstance(block.attention, AttentionConfig):
-            if block.attention.kv == "previous":
-                continue
             width += 2 * block.attention.num_kv_heads * block.attention.head_dim
         else:
             width += block.attention.kv_latent + block.attention.rope_head_dim

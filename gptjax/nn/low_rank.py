@@ -6,7 +6,6 @@ which is trained, sharded and stored in few bits by its own path.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -116,7 +115,7 @@ def _split(box: Declared, layout: Layout, rank: int) -> dict[str, Declared]:
 
     def factor(names: tuple, std: float, own: Layout) -> Declared:
         value = jax.ShapeDtypeStruct((*lead, *own.in_shape, *own.out_shape), box.value.dtype)
-        return dataclasses.replace(box, value=value, names=(*lead_names, *names), std=std, layout=own)
+        return Declared(value, names=(*lead_names, *names), std=std, constant=box.constant, layout=own)  # type: ignore[call-arg]
 
     return {
         "reduce": factor((*ins, "latent"), layout.num_inputs**-0.5, Layout(layout.in_shape, (rank,))),
