@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gptjax.kernels.grouped import Groups, grouped_matmul
 from gptjax.nn import quantized, taps, transformer
-from gptjax.nn.block import Block
+from gptjax.nn.block import Block, Stream
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.nn.taps import Seen, Tapped
@@ -143,10 +143,10 @@ def walk(
 
 
 class _Hidden(NamedTuple):
-    """Hidden states of one batch in the treated model, and in the model as it was where that is asked for."""
+    """What goes from layer to layer of one batch, in the treated model, and in the model as it was if asked for."""
 
-    x_BTD: Array
-    original_BTD: Array | None
+    stream: Stream
+    original: Stream | None
 
 
 _Known = tuple[dict[str, Array], dict[str, Array]]
@@ -254,9 +254,9 @@ class _Walker(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Stream:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)  # type: ignore[return-value]
+    return Stream(transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT))  # type: ignore[arg-type]
 
 
 def _run(
@@ -264,26 +264,27 @@ def _run(
     block: BlockConfig,
     paths: Sequence[str],
     weights: Params,
-    x_BTD: Array,
+    stream: Stream,
     known: Mapping[str, Array],
-) -> tuple[Array, dict[str, Seen]]:
+) -> tuple[Stream, dict[str, Seen]]:
     """One layer on one batch, and the inputs of its kernels at `paths`; those in `known` are not computed again."""
+    x_BTD = stream.x_BTD
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     for path in {*paths, *known}:
         weights = replaced(weights, path, Tapped(at(weights, path), path, known.get(path)))
     # Inputs cannot leave the manual regions of a mesh; the compiler splits what is inside by itself.
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
-        y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, x_BTD, ctx, None)  # type: ignore[misc]
-    return y_BTD, found
+        after, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, stream, ctx, None)  # type: ignore[misc]
+    return after, found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pass(cfg: ModelConfig, block: BlockConfig, weights: tuple[Params, Params], x: _Hidden, known: _Known) -> _Hidden:
-    own, _ = _run(cfg, block, (), weights[0], x.x_BTD, known[0])
-    if x.original_BTD is None:
+    own, _ = _run(cfg, block, (), weights[0], x.stream, known[0])
+    if x.original is None:
         return _Hidden(own, None)
-    return _Hidden(own, _run(cfg, block, (), weights[1], x.original_BTD, known[1])[0])
+    return _Hidden(own, _run(cfg, block, (), weights[1], x.original, known[1])[0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
@@ -301,10 +302,10 @@ def _look(
     Returns:
       `(inputs, ends)`: those of the last kernel of each branch are also given as they are.
     """
-    seen = _run(cfg, block, paths, weights[0], x.x_BTD, known[0])[1]
+    seen = _run(cfg, block, paths, weights[0], x.stream, known[0])[1]
     wanted: dict[str, Seen] = {}
-    if x.original_BTD is not None:
-        wanted = _run(cfg, block, paths, weights[1], x.original_BTD, known[1])[1]
+    if x.original is not None:
+        wanted = _run(cfg, block, paths, weights[1], x.original, known[1])[1]
     inputs = {path: _summary(seen[path], wanted.get(path), clip) for path in paths}
     ends = [path for path in paths if path.endswith(_ENDS)]
     return inputs, tuple({path: of[path].x for path in ends if path in of} for of in (seen, wanted))  # type: ignore[return-value]
@@ -381,7 +382,10 @@ def _kernels(weights: Params) -> list[str]:
 def _stages(weights: Params) -> list[list[str]]:
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=quantized.is_quantized)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    found = [[f"{name}/kernel" for name in stage if f"{name}/kernel" in paths] for stage in _STAGES]
+    found = []
+    for stage in _STAGES:
+        for parts in (("kernel", "kernel/reduce"), ("kernel/expand",)):
+            found.append([f"{name}/{part}" for name in stage for part in parts if f"{name}/{part}" in paths])
     return [stage for stage in found if stage]
 
 

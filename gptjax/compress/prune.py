@@ -104,7 +104,7 @@ def why_left(path: str) -> str | None:
         return "embeddings and head stay"
     if "/router/" in path:
         return "a router decides by small differences"
-    if not path.endswith("/kernel"):
+    if not path.endswith(("/kernel", "/kernel/reduce", "/kernel/expand")):
         return "not a kernel"
     return None
 

@@ -15,7 +15,7 @@ from gptjax.compress import calibrate, gptq, scales, scaling
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import cost, quant_spec, quantized, storage, transformer
-from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
+from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat, uses_others_kv
 from gptjax.nn.quant_spec import EMBEDDINGS, with_cache
 from gptjax.nn.quantized import QuantizedArray
 from gptjax.types import Array, Params
@@ -98,6 +98,10 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
     shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
     if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
+    if method.scaling != "none" and any(map(uses_others_kv, cfg.blocks)):
+        raise ValueError(f"scaling={method.scaling}: values that several layers use cannot be scaled; use rtn or gptq")
+    if method.scaling != "none" and cfg.low_rank:
+        raise ValueError(f"scaling={method.scaling}: kernels in two factors cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
         raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
 
@@ -270,7 +274,7 @@ def _leaves(quant: QuantConfig, before: Params, after: Params, treated: _Treated
 
 def _why(quant: QuantConfig, path: str) -> str:
     """A parameter was left as it is."""
-    if not re.search(r"(kernel|embed/tokens)$", path):
+    if not re.search(r"(/kernel(/reduce|/expand)?|embed/tokens)$", path):
         return f"{path.rpartition('/')[2]}: not a kernel"
     matching = [rule for rule in quant.rules if re.search(rule.pattern, path)]
     if matching:

@@ -44,7 +44,9 @@ class Context:
 
 
 class Attention(nn.Module):
-    """`(x_BTD, cache) -> (y_BTD, cache)`: projections, rotation, attention, output projection.
+    """`(x_BTD, cache, kv) -> (y_BTD, cache, kv)`: projections, rotation, attention, output projection.
+
+    `kv` is what a layer attends to, which the next layer may use too.
 
     Attributes:
       out_scale: gain of the output projection's initial values.
@@ -55,26 +57,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None
-    ) -> tuple[Array, Mapping[str, Any] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None, kv: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Any] | None, Mapping[str, Array]]:
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        weights = (
-            self._kernel("query", cfg.num_heads, "heads", d_model)(),
-            self._kernel("key", cfg.num_kv_heads, "kv_heads", d_model)(),
-            self._kernel("value", cfg.num_kv_heads, "kv_heads", d_model)(),
-        )
-        q_BTNH, k_BTKH, v_BTKH = project(x_BTD, weights)
-        if cfg.qk_norm is not None:
-            q_BTNH = Norm(cfg.qk_norm, axis="head_dim", name="query_norm")(q_BTNH)
-            k_BTKH = Norm(cfg.qk_norm, axis="head_dim", name="key_norm")(k_BTKH)
-        if cfg.rope is not None:
-            table = ctx.rope_table(cfg.rope, cfg.head_dim)
-            q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
-        q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
-        kv = {"keys": k_BTKH, "values": v_BTKH}
-        cache, view = kv_cache.attended(
-            cache, kv, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
-        )
+        weights = [self._kernel("query", cfg.num_heads, "heads", d_model)()]
+        if cfg.kv == "own":
+            weights.append(self._kernel("key", cfg.num_kv_heads, "kv_heads", d_model)())
+            weights.append(self._kernel("value", cfg.num_kv_heads, "kv_heads", d_model)())
+        q_BTNH, *own = project(x_BTD, weights)
+        q_BTNH = constrain(self._placed(q_BTNH, "query", ctx), "act_batch", "act_length", "act_heads", None)
+        if own:
+            entries = {"keys": self._placed(own[0], "key", ctx), "values": own[1]}
+            cache, view = kv_cache.attended(
+                cache, entries, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
+            )
+        else:
+            assert kv is not None, "a pattern begins with a layer that has keys and values"
+            view = dict(kv)
         o_BTNH = attention(
             q_BTNH,
             constrain(view["keys"], "act_batch", "act_kv_length", "act_kv_heads", None),
@@ -98,7 +97,14 @@ class Attention(nn.Module):
             scale=self.out_scale,
             name="out",
         )
-        return out(o_BTNH), cache
+        return out(o_BTNH), cache, view
+
+    def _placed(self, x_BTNH: Array, name: str, ctx: Context) -> Array:
+        """Queries or keys, normed and rotated."""
+        cfg = self.cfg
+        if cfg.qk_norm is not None:
+            x_BTNH = Norm(cfg.qk_norm, axis="head_dim", name=f"{name}_norm")(x_BTNH)
+        return x_BTNH if cfg.rope is None else rope.rotate(x_BTNH, ctx.rope_table(cfg.rope, cfg.head_dim))
 
     def _kernel(self, name: str, num_heads: int, axis: str, d_model: int) -> Kernel:
         return Kernel(

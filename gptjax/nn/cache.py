@@ -5,7 +5,8 @@ group stacked on a leading axis. Entries are `keys, values [B, K, S, H]`, heads 
 attention reads them (a step would else transpose the whole cache), or `latents [B, S, R]`
 and `rotated_keys [B, S, H]` for latent attention. `positions [B, S]` holds the position of
 every slot, -1 where empty, so that attention masks follow from data: rows may stand at
-different positions, and a windowed layer keeps a ring of its last `window` positions.
+different positions, and a windowed layer keeps a ring of its last `window` positions. A layer that
+uses the keys and values of the one before it has no entries.
 
 In few bits (`ModelConfig.quant.kv_cache`) an entry is a `QuantizedArray` whose rows are those of one
 head, or latent, of one position. A token is rounded once, when it comes, and everything reads it as
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.nn import quantized
-from gptjax.nn.config import AttentionConfig, BlockConfig, CacheFormat, ModelConfig
+from gptjax.nn.config import AttentionConfig, BlockConfig, CacheFormat, ModelConfig, uses_others_kv
 from gptjax.nn.linear import compute_dtype
 from gptjax.nn.quantized import Layout, QuantizedArray
 from gptjax.parallel.mesh import platform
@@ -130,6 +131,8 @@ def _check_formats(cache: Mapping[str, Any], entries: Mapping[str, Array], forma
 def _entry_shapes(block: BlockConfig, slots: int) -> dict[str, tuple[int, ...]]:
     """Of one row's entries, heads first."""
     cfg = block.attention
+    if uses_others_kv(block):
+        return {}
     if isinstance(cfg, AttentionConfig):
         return dict.fromkeys(("keys", "values"), (cfg.num_kv_heads, slots, cfg.head_dim))
     return {"latents": (slots, cfg.kv_latent), "rotated_keys": (slots, cfg.rope_head_dim)}
@@ -150,7 +153,7 @@ def _empty(
             )
             for name, shape in shapes.items()
         }
-    return {**entries, "positions": jnp.full((*lead, slots), -1, jnp.int32)}
+    return {**entries, "positions": jnp.full((*lead, slots), -1, jnp.int32)} if entries else {}
 
 
 def _append(

@@ -95,6 +95,8 @@ class AttentionConfig:
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: one learned logit a head that takes part in the softmax and carries no value.
       scale: multiplies the scores; None is `head_dim ** -0.5`.
+      kv: `previous` has no keys and values of its own and attends to those of the layer before, which sees as far
+        (Brandon et al. 2024, arXiv:2405.12981).
     """
 
     num_heads: int
@@ -109,6 +111,7 @@ class AttentionConfig:
     softcap: float | None = None
     sinks: bool = False
     scale: float | None = None
+    kv: Literal["own", "previous"] = "own"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -320,10 +323,45 @@ class LayerGroup:
     def __post_init__(self) -> None:
         if not self.pattern or self.repeats < 1:
             raise ValueError(f"a layer group needs blocks and repeats >= 1, got repeats={self.repeats}")
+        for before, block in zip((None, *self.pattern), self.pattern, strict=False):
+            if uses_others_kv(block):
+                _check_previous(before, block.attention)
 
     @property
     def num_layers(self) -> int:
         return len(self.pattern) * self.repeats
+
+
+def uses_others_kv(block: BlockConfig) -> bool:
+    """Whether a layer attends to the keys and values of the one before it."""
+    return isinstance(block.attention, AttentionConfig) and block.attention.kv == "previous"
+
+
+def _check_previous(before: BlockConfig | None, cfg: AttentionConfig | MLAConfig) -> None:
+    theirs = None if before is None else before.attention
+    if not isinstance(theirs, AttentionConfig):
+        raise ValueError(
+            "kv='previous': the layer before it in a group's pattern has keys and values of another kind, or there "
+            "is none; expected the first layer of a pattern, and what follows latent attention, to have kv='own'"
+        )
+    for name in ("num_kv_heads", "head_dim", "rope", "qk_norm", "window", "bias"):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise ValueError(
+                f"kv='previous': {name}={getattr(cfg, name)}, but the layer whose keys and values it uses has "
+                f"{getattr(theirs, name)}; expected the same"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRule:
+    """A kernel as the product of two, `[inputs, rank]` and `[rank, outputs]`; see `nn.low_rank`.
+
+    Attributes:
+      pattern: regular expression, searched for in the paths of layers' kernels; of each the first rule counts.
+    """
+
+    pattern: str
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +376,7 @@ class ModelConfig:
       dtype: of activations; `auto` is bfloat16 on accelerators and float32 on CPU.
       remat: what the backward pass recomputes; see `nn.block.remat_policy`.
       quant: kernels, keys and values in few bits.
+      low_rank: kernels in two factors.
     """
 
     vocab_size: int
@@ -353,6 +392,7 @@ class ModelConfig:
     dtype: DType = "auto"
     remat: Remat = "none"
     quant: QuantConfig | None = None
+    low_rank: tuple[RankRule, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -8,6 +8,7 @@ count the active ones. Recomputation is not counted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from typing import Any
 
 import jax
 
-from gptjax.nn import storage
+from gptjax.nn import low_rank, storage
 from gptjax.nn.cache import init_cache
 from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
-from gptjax.nn.transformer import abstract_params
+from gptjax.nn.transformer import abstract_params, layouts
 
 _POSITIONS = jax.tree_util.DictKey("positions")
 
@@ -72,7 +73,7 @@ def count(cfg: ModelConfig) -> Counts:
         total += size
         if names[0] in ("embed", "head"):
             embedding += size
-        elif names[-2].startswith("experts_"):
+        elif any(name.startswith("experts_") for name in names):
             group, block = (int(name.rsplit("_", 1)[1]) for name in names[:2])
             moe = cfg.groups[group].pattern[block].mlp
             assert isinstance(moe, MoEConfig), f"{'/'.join(names)} in a block without experts"
@@ -87,7 +88,24 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> Flops:
         kernels += 2.0 * _active_kernel_size(block, cfg.d_model)
         pairs = attended_pairs(seq_len, window=block.attention.window, causal=cfg.causal) / seq_len
         attention += 2.0 * pairs * block.attention.num_heads * _pair_width(block)
+    kernels -= 2.0 * _saved_by_factors(cfg)
     return Flops(kernels=kernels, attention=attention, head=2.0 * cfg.d_model * cfg.vocab_size)
+
+
+def _saved_by_factors(cfg: ModelConfig) -> int:
+    """Multiply-adds a token that kernels in two factors need less than whole ones, in all the layers that use them."""
+    saved = 0
+    for path, layout in layouts(dataclasses.replace(cfg, low_rank=())).items():
+        rule = low_rank.rule_for(cfg.low_rank, path)
+        if rule is None:
+            continue
+        group, block = (int(name.rsplit("_", 1)[1]) for name in path.split("/")[:2])
+        inputs, outputs = layout.num_inputs, math.prod(layout.out_shape)
+        own = inputs * outputs - rule.rank * (inputs + outputs)
+        moe = cfg.groups[group].pattern[block].mlp
+        uses = moe.num_experts_per_token if isinstance(moe, MoEConfig) and "/experts_" in path else 1
+        saved += cfg.groups[group].repeats * uses * own
+    return saved
 
 
 def attended_pairs(seq_len: int, *, window: int | None, causal: bool) -> int:
@@ -123,7 +141,8 @@ def _active_kernel_size(block: BlockConfig, d_model: int) -> int:
     if isinstance(attention, MLAConfig):
         size = _latent_kernel_size(attention, d_model)
     else:
-        size = 2 * d_model * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+        kv_heads = attention.num_kv_heads if attention.kv == "own" else 0
+        size = 2 * d_model * attention.head_dim * (attention.num_heads + kv_heads)
     projections = 3 if mlp.activation in GATED_ACTIVATIONS else 2
     if isinstance(mlp, MoEConfig):
         width = mlp.num_experts_per_token * mlp.d_ff + mlp.shared_d_ff

@@ -20,7 +20,7 @@ from gptjax.types import Array
 
 
 class LatentAttention(nn.Module):
-    """`(x_BTD, cache) -> (y_BTD, cache)`, with keys and values projected up from one latent a position.
+    """`(x_BTD, cache, kv) -> (y_BTD, cache, None)`, with keys and values projected up from one latent a position.
 
     Only the latent and one rotated key, shared by all heads, are cached. A single new token
     takes the absorbed form: the key projection is folded into the query and the value
@@ -36,8 +36,9 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None
-    ) -> tuple[Array, Mapping[str, Any] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None, kv: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Any] | None, None]:
+        del kv  # each layer has its own latents
         cfg = self.cfg
         table = ctx.rope_table(cfg.rope, cfg.rope_head_dim)
         q_BTNH = self._query(x_BTD)
@@ -84,7 +85,7 @@ class LatentAttention(nn.Module):
             scale=self.out_scale,
             name="out",
         )
-        return out(o_BTNH), cache
+        return out(o_BTNH), cache, None
 
     def _query(self, x_BTD: Array) -> Array:
         cfg, d_model = self.cfg, x_BTD.shape[-1]

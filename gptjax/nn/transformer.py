@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.nn import cache as kv_cache
-from gptjax.nn import rope, storage
+from gptjax.nn import low_rank, rope, storage
 from gptjax.nn.attention import Context
-from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
+from gptjax.nn.block import RESIDUALS, Block, Stream, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -127,11 +127,12 @@ def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]
     positions_BT = _from_0(tokens_BT)
     ctx = context(cfg, positions_BT, None)
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
-    found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
+    stream = Stream(Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT))  # type: ignore[arg-type]
+    found = [stream.x_BTD]
     for block, weights in layers(cfg, params):
-        x_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, found[-1], ctx, None)  # type: ignore[misc]
-        found.append(x_BTD)
-    return found  # type: ignore[return-value]
+        stream, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, stream, ctx, None)  # type: ignore[misc]
+        found.append(stream.x_BTD)
+    return found
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Kernel:
@@ -238,7 +239,7 @@ def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None)
 
 @functools.lru_cache(maxsize=64)
 def layouts(cfg: ModelConfig) -> dict[str, Layout]:
-    """Of each kernel that may be stored in few bits, by path."""
+    """Of each kernel, or factor of one, that may be stored in few bits, by path."""
     boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxed(cfg), is_leaf=_is_box)
     return {storage.name(path): box.layout for path, box in boxes if box.layout is not None}
 
@@ -253,7 +254,7 @@ def _abstract_boxed(cfg: ModelConfig) -> Any:
         return Transformer(cfg).init(jax.random.key(0), tokens, tokens, None, None)["params"]
 
     with rules.unsplit():
-        return jax.eval_shape(declared)
+        return low_rank.factored(cfg.low_rank, jax.eval_shape(declared))
 
 
 def _is_box(leaf: Any) -> bool:
