@@ -17,6 +17,9 @@ from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array
 
+# Where modules leave values for who applies the model and asks for them: Flax's one collection that `init` never fills.
+SOWN = "intermediates"
+
 
 @flax.struct.dataclass
 class Context:
@@ -68,6 +71,8 @@ class Attention(nn.Module):
             table = ctx.rope_table(cfg.rope, cfg.head_dim)
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
         q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
+        for name, value in (("queries", q_BTNH), ("keys", k_BTKH), ("values", v_BTKH)):
+            self.sow(SOWN, name, value)
         kv = {"keys": k_BTKH, "values": v_BTKH}
         if cache is not None:
             cache, view = kv_cache.append(cache, kv, ctx.positions_BT, ring=cfg.window is not None)

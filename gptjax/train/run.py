@@ -148,6 +148,8 @@ def _train(
         log_every=cfg.train.log_every,
         hooks=_hooks(cfg, path, setup, data, tokenizer, store, meta, account, latest or 0),
         throughput=throughput,
+        mix_fn=setup.task.carried.mix_fn if setup.task.carried else None,
+        renew_fn=prepared.renew_fn,
     )
     summary = _summary(cfg, path, setup, result, account, throughput)
     if hosts.is_lead():
@@ -164,13 +166,13 @@ def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainSta
         return {**transformer.init(setup.model, rng), **companions.init_fn(rng)}
 
     if cfg.train.init_from is None:
-        return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings), [stage]
+        return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings, extra=setup.shapes.extra), [stage]
     own, others = companions.apart(shardings.params)
     meta, params = start_from(cfg.train.init_from, setup.model, shardings=own, tokenizer=tokenizer)
     if others:
         params = {**params, **jax.jit(companions.init_fn, out_shardings=others)(jax.random.key(cfg.seed))}
     stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
-    return state_lib.from_params(params, tx, shardings=shardings), [*meta.lineage, stage]
+    return state_lib.from_params(params, tx, shardings=shardings, extra=setup.shapes.extra), [*meta.lineage, stage]
 
 
 def _check_stage(path: epath.Path, lineage: Sequence[Mapping[str, Any]], stage: Mapping[str, Any]) -> None:
