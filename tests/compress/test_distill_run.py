@@ -64,7 +64,11 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     assert last[2] < first[2], "the student comes nearer to its teacher"
 
 
-@pytest.mark.parametrize("keys", [dict(hidden_weight=0.1), dict(top_k=8, cache="cache")])
+# Between steps 3 and 6 rows are used that were written at step 2.
+OWN = dict(on_policy=0.5, on_policy_steps=2, on_policy_prompt=3, attention_weight=0.1)
+
+
+@pytest.mark.parametrize("keys", [dict(hidden_weight=0.1), dict(top_k=8, cache="cache"), OWN])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make, tmp_path, keys):
     if "cache" in keys:
         keys = keys | {"cache": str(tmp_path / "cache")}
