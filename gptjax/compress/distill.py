@@ -222,8 +222,8 @@ def summary(distill: DistillConfig, student: ModelConfig, teacher: Teacher, laye
     what = f"the teacher's {distill.top_k} likeliest tokens and the rest" if distill.top_k else "all tokens"
     what += f", at temperature {distill.temperature:g}" + (f", beta {distill.beta:g}" if distill.loss == "jsd" else "")
     rows = [
-        ("teacher", f"{cost.count(teacher.model).total:,} parameters, {teacher.model.num_layers} layers", teacher.path),
-        ("student", f"{cost.count(student).total:,} parameters, {student.num_layers} layers", ""),
+        ("teacher", f"{cost.count(teacher.model).total:,} parameters", f"layers {teacher.model.num_layers}, {teacher.path}"),
+        ("student", f"{cost.count(student).total:,} parameters", f"layers {student.num_layers}"),
         ("data", f"weight {1 - distill.weight:g}", "cross-entropy of the next token"),
         (distill.loss, f"weight {distill.weight:g}", what + (f", from {distill.cache}" if distill.cache else "")),
     ]
@@ -232,9 +232,9 @@ def summary(distill: DistillConfig, student: ModelConfig, teacher: Teacher, laye
     if layers.attention:
         rows.append(("attention", f"weight {distill.attention_weight:g}", f"layers {pairs(layers.attention)}"))
     if distill.on_policy:
-        what = f"of the rows the student's own, by {distill.loss} alone; written for {distill.on_policy_steps} steps"
+        what = f"of the rows the student's own, by {distill.loss} alone, written for {distill.on_policy_steps} steps at once"
         rows.append(("on policy", f"{distill.on_policy:.0%}", what))
-    return "\n".join(f"{name:14} {first:32} {rest}".rstrip() for name, first, rest in rows)
+    return "\n".join(f"{name:14} {first:22} {rest}".rstrip() for name, first, rest in rows)
 
 
 def objective(
