@@ -47,7 +47,7 @@ class DistillConfig:
     Attributes:
       teacher: checkpoint, or a workdir for its newest one.
       loss: see `compress.divergence`; `temperature` and `beta` too.
-      weight: of the divergence; the data's own loss has the rest.
+      weight: of the divergence; the data's own loss has the rest. Measured: docs/log.md.
       top_k: compares so many tokens, the teacher's likeliest, and all others as one; 0 compares all.
       cache: local directory where the teacher's `top_k` are kept for every run on the same rows; None keeps none.
       hidden_weight: of the comparison of hidden states; 0 leaves it out.
@@ -63,7 +63,7 @@ class DistillConfig:
     loss: divergences.Kind = "forward_kl"
     temperature: float = 1.0
     beta: float = 0.5
-    weight: float = 0.5
+    weight: float = 0.9
     top_k: int = 0
     cache: str | None = None
     hidden_weight: float = 0.0

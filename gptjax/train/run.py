@@ -358,7 +358,7 @@ def _summary(
     # The newest of each figure, also of those that were written down before a restart.
     for figures in (*(read_metrics(path) if hosts.is_lead() else ()), result.values):
         values |= figures
-    shown = ("loss", "accuracy", "skipped_steps", "tokens_per_second", "mfu")
+    shown = ("accuracy", "skipped_steps", "tokens_per_second", "mfu")
     return {
         "name": cfg.name,
         "outcome": result.outcome,
@@ -367,7 +367,7 @@ def _summary(
         "num_active_params": counts.active,
         **account.used(),
         "peak_memory_bytes": peak_memory_bytes(),
-        **{name: value for name, value in values.items() if name in shown or name.startswith("eval")},
+        **{name: value for name, value in values.items() if name in shown or "loss" in name or name.startswith("eval")},
         **throughput.overall(),
     }
 

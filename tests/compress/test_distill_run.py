@@ -50,6 +50,7 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     cfg = make({"data__eval": str(data_dir / "eval")}, temperature=2.0, hidden_weight=0.1)
     summary = teach(cfg, tmp_path)
     assert summary["outcome"] == "finished" and summary["eval/bits_per_byte"] > 0
+    assert all(summary[name] > 0 for name in ("loss", "distill_loss", "hidden_loss"))
     meta, params = restore_params(tmp_path)
     assert jax.tree.map(np.shape, params) == jax.tree.map(
         np.shape, dict(transformer.abstract_params(cfg.model.build()))
@@ -57,7 +58,7 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     assert meta.run == config_lib.to_dict(cfg)
     (stage,) = meta.lineage
     assert stage["stage"] == "distill" and stage["teacher"] == meta_lib.params_hash(read_meta(teacher / "ckpt" / "6"))
-    assert (stage["loss"], stage["temperature"], stage["weight"]) == ("forward_kl", 2.0, 0.5)
+    assert (stage["loss"], stage["temperature"], stage["weight"]) == ("forward_kl", 2.0, 0.9)
     files = [p for p in (tmp_path / "ckpt" / "6").rglob("*") if matching.NAME in str(p)]
     assert all("params" not in p.relative_to(tmp_path / "ckpt" / "6").parts[:1] for p in files)
     (first, *_), (*_, last) = (figures(tmp_path),) * 2
@@ -180,7 +181,7 @@ CHILD = CHILD.replace("RunConfig, json", "DistillRun, json").replace("sys.argv[2
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_two_hosts_compute_what_one_does(make, tmp_path, cached):
-    keys = dict(top_k=8, cache=str(tmp_path / "cache")) if cached else dict(top_k=8)
+    keys = dict(top_k=8, cache=str(tmp_path / "cache")) if cached else dict(top_k=8) | OWN
     # Both hosts hold parts of every row.
     cfg = make({"mesh": dict(data=1, fsdp=1, expert=1, context=4, tensor=2), "train__num_steps": 3}, **keys)
     if cached:
