@@ -12,7 +12,6 @@ rules; where its likeliest tokens were cached (`compress.teacher_cache`) it is n
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +133,9 @@ class Layers(NamedTuple):
     attention: matching.LayerMap = ()
 
 
+NO_LAYERS = Layers()
+
+
 def task(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Task:
     """Distillation as `train.run` takes it.
 
@@ -216,14 +218,17 @@ def compared_layers(student: ModelConfig, teacher: ModelConfig, distill: Distill
 def summary(distill: DistillConfig, student: ModelConfig, teacher: Teacher, layers: Layers) -> str:
     """Who teaches whom, and a line for each loss with its weight."""
 
+    def sizes(cfg: ModelConfig) -> str:
+        return f"{cfg.num_layers} layers, {cost.count(cfg).total:,} parameters"
+
     def pairs(of: matching.LayerMap) -> str:
         return ", ".join(f"{mine} of {other}" for mine, other in of)
 
     what = f"the teacher's {distill.top_k} likeliest tokens and the rest" if distill.top_k else "all tokens"
     what += f", at temperature {distill.temperature:g}" + (f", beta {distill.beta:g}" if distill.loss == "jsd" else "")
     rows = [
-        ("teacher", f"{cost.count(teacher.model).total:,} parameters", f"layers {teacher.model.num_layers}, {teacher.path}"),
-        ("student", f"{cost.count(student).total:,} parameters", f"layers {student.num_layers}"),
+        ("teacher", sizes(teacher.model), teacher.path),
+        ("student", sizes(student), ""),
         ("data", f"weight {1 - distill.weight:g}", "cross-entropy of the next token"),
         (distill.loss, f"weight {distill.weight:g}", what + (f", from {distill.cache}" if distill.cache else "")),
     ]
@@ -232,9 +237,9 @@ def summary(distill: DistillConfig, student: ModelConfig, teacher: Teacher, laye
     if layers.attention:
         rows.append(("attention", f"weight {distill.attention_weight:g}", f"layers {pairs(layers.attention)}"))
     if distill.on_policy:
-        what = f"of the rows the student's own, by {distill.loss} alone, written for {distill.on_policy_steps} steps at once"
+        what = f"of the rows, by {distill.loss} alone; the student writes those of {distill.on_policy_steps} steps"
         rows.append(("on policy", f"{distill.on_policy:.0%}", what))
-    return "\n".join(f"{name:14} {first:22} {rest}".rstrip() for name, first, rest in rows)
+    return "\n".join(f"{name:14} {first:32} {rest}".rstrip() for name, first, rest in rows)
 
 
 def objective(
@@ -242,7 +247,7 @@ def objective(
     teacher: ModelConfig,
     distill: DistillConfig,
     *,
-    layers: Layers = Layers(),
+    layers: Layers = NO_LAYERS,
     z_loss: float = 0.0,
 ) -> Objective:
     """The loss above; `frozen` is the teacher's parameters, or `()` where each batch has their `TopK` in its notes.
@@ -327,7 +332,7 @@ def top_k_fn(distill: DistillConfig, teacher: ModelConfig, *, vocab_size: int) -
     """
 
     def run(params: Params, batch: Batch) -> TopK:
-        hidden_BTD = _forward(teacher, params, batch, Layers())[0].hidden_BTD
+        hidden_BTD = _forward(teacher, params, batch, NO_LAYERS)[0].hidden_BTD
         head = transformer.head_params(teacher, params)
 
         def of_chunk(hidden: Array) -> TopK:

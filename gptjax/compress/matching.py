@@ -1,7 +1,8 @@
 """Comparing what happens inside of student and teacher: their hidden states, and what attends to what.
 
-Hidden states go through projections where the widths differ. For a pair of layers, with `s` the student's residual stream, `t` the teacher's and `P` a projection that is learnt
-(the identity where the widths agree), a position's loss is the relative error
+Hidden states go through projections where the widths differ. For a pair of layers, with `s` the student's residual
+stream, `t` the teacher's and `P` a projection that is learnt (the identity where the widths agree), a position's loss
+is the relative error
 
     |s P - t|^2 / |t|^2
 

@@ -91,8 +91,8 @@ class Writing:
         if abs(rows - self.num_rows) > 1e-6 or self.num_rows % self.num_parts:
             nearest = math.ceil(rows / self.num_parts) * self.num_parts / self.batch_size
             raise ValueError(
-                f"on_policy={self.fraction:g} of data.batch_size={self.batch_size} is {rows:g} rows; expected a multiple "
-                f"of {self.num_parts}, the parts of the mesh that share a batch, such as on_policy={nearest:g}"
+                f"on_policy={self.fraction:g} of data.batch_size={self.batch_size} is {rows:g} rows; expected a "
+                f"multiple of {self.num_parts}, the parts of the mesh that share a batch, such as on_policy={nearest:g}"
             )
         if not self.prompt_tokens < self.seq_len:
             raise ValueError(

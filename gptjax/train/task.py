@@ -15,7 +15,6 @@ from gptjax.data.loader import TrainData
 from gptjax.train.state import TrainState
 from gptjax.types import Array, Batch, Objective, Params
 
-
 MixFn = Callable[[Batch, Mapping[str, Any], Array], Batch]
 RenewFn = Callable[[int, TrainState], TrainState]
 

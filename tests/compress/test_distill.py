@@ -43,8 +43,8 @@ TEACHING = random_params(TEACHER, seed=1)
 LEARNING = random_params(STUDENT, seed=2)
 
 
-def run(config, *, params=LEARNING, frozen=TEACHING, batch=BATCH, student=STUDENT, teacher=TEACHER, layers=Layers(), **rest):
-    objective = distill.objective(student, teacher, config, layers=layers, **rest)
+def run(config, *, params=LEARNING, frozen=TEACHING, batch=BATCH, student=STUDENT, teacher=TEACHER, **rest):
+    objective = distill.objective(student, teacher, config, **rest)
 
     def total(params):
         loss = objective(params, frozen, batch, None, None)

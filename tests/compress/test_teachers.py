@@ -1,4 +1,4 @@
-"""Who can teach whom: imported models, models in few bits, students with zeros; and that teaching changes no teacher."""
+"""Who can teach whom: imported models, models in few bits, students with zeros; and that no teacher changes."""
 
 import dataclasses
 
@@ -29,6 +29,7 @@ from tests.tiny import random_params
 from tests.train.conftest import data_dir, run_config  # noqa: F401  # fixtures
 
 SHARDED = dict(data=2, fsdp=2, expert=1, context=1, tensor=2)
+SHORT = {"train__num_steps": 3}
 EVERYTHING = dict(hidden_weight=0.1, attention_weight=0.1, on_policy=0.5, on_policy_steps=2, on_policy_prompt=4)
 
 
@@ -73,9 +74,9 @@ def test_an_imported_model_of_another_family_teaches(make, tmp_path, run_config,
     first, *_, last = losses(tmp_path / "student")
     assert len(first) == 5 and last[3] < first[3], "hidden states come nearer"
     table = next(record.message for record in caplog.records if record.message.startswith("distillation\n"))
-    for line in ("teacher", "student", "data           weight 0", "hidden states  weight 1", "attention      weight 0.1",
-                 "on policy      50%"):  # fmt: skip
-        assert line in table, table
+    names = [line.split("  ")[0] for line in table.splitlines()[1:]]
+    assert names == ["teacher", "student", "data", "forward_kl", "hidden states", "attention", "on policy"]
+    assert "3 layers, 12,288 parameters" in table and "layers 1 of 1, 2 of 1, 3 of 1" in table
 
 
 def test_teachers_in_few_bits_and_students_of_every_kind_on_any_mesh(make, tmp_path):
@@ -85,10 +86,8 @@ def test_teachers_in_few_bits_and_students_of_every_kind_on_any_mesh(make, tmp_p
     teacher = dataclasses.replace(floats, quant=QuantConfig(rules=(rule,)))
     few = saved(tmp_path / "few", teacher, params=transformer.store(teacher, params))
     for name, changes in (("one", {}), ("many", {"mesh": SHARDED, "train__accumulate_steps": 2})):
-        teach(make(few, changes, **EVERYTHING), tmp_path / name)
+        teach(make(few, changes | SHORT, **EVERYTHING), tmp_path / name)
     np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=2e-3)
-    teach(make(saved(tmp_path / "whole", floats, params=params), {}, **EVERYTHING), tmp_path / "of_whole")
-    np.testing.assert_allclose(losses(tmp_path / "of_whole")[0], losses(tmp_path / "one")[0], rtol=0.05)
 
 
 def test_zeros_of_a_student_stay_exactly(make, tmp_path, run_config):  # noqa: F811
@@ -96,7 +95,7 @@ def test_zeros_of_a_student_stay_exactly(make, tmp_path, run_config):  # noqa: F
     params = random_params(model, scale=0.1)
     cfg, pruned = prune.prune(model, params, [], method="magnitude", sparsity=sparsity.parse("2:4"))
     start = saved(tmp_path / "pruned", cfg, params=pruned)
-    changes = {"train__init_from": str(start), "optim__zeros": "kept"}
+    changes = {"train__init_from": str(start), "optim__zeros": "kept"} | SHORT
     teach(make(saved(tmp_path / "teacher", model), changes, **EVERYTHING), tmp_path / "student")
     after = restore_params(tmp_path / "student")[1]
     before, after = (jax.tree.map(np.asarray, dict(tree)) for tree in (pruned, after))
@@ -144,7 +143,7 @@ def test_a_teacher_is_neither_given_back_nor_differentiated_nor_taken_over(make,
 
 def test_every_row_may_be_the_student_s_own(make, tmp_path):
     path = saved(tmp_path / "teacher", zoo.build("dense", vocab_size=260))
-    teach(make(path, on_policy=1.0, on_policy_steps=4, on_policy_prompt=3), tmp_path / "student")
+    teach(make(path, SHORT, on_policy=1.0, on_policy_steps=4, on_policy_prompt=3), tmp_path / "student")
     assert on_policy.NAME not in restore_params(tmp_path / "student")[1]
     # Only their prompts are data.
     line = read_metrics(tmp_path / "student")[0]
