@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CKPTS = flags.DEFINE_list("ckpts", None, "Checkpoints or workdirs (their newest), the original first.", required=True)
 _NAMES = flags.DEFINE_list("names", None, "What they are called; the names of their directories unless told.")
-_DATA = flags.DEFINE_string("data", None, "Held-out text: a file, or a source of prepare_data.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Held-out token store, text file, or source of prepare_data.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the page and its figures.", required=True)
 _TOKENS = flags.DEFINE_integer("num_tokens", 65_536, "Of the text, at most.", lower_bound=512)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row; the model's context, at most 512, unless told.")
@@ -54,13 +54,12 @@ def main() -> None:
 
 def _batches(model: Model, scratch: pathlib.Path) -> tuple[list[Batch], int]:
     """Rows of the text, and the bytes that their targets spell."""
-    from gptjax.data import loader, source, writer
+    from gptjax.data import loader, writer
 
     if model.tokenizer is None:
         raise ValueError(f"{_CKPTS.value[0]}: has no tokenizer to read text with")
     seq_len = min(model.config.seq_len, 512) if _SEQ_LEN.value is None else _SEQ_LEN.value
-    text = source.open_source(_DATA.value)
-    store = writer.write_store(scratch, text.documents(), model.tokenizer, description=text.description)
+    store = writer.store_of(_DATA.value, model.tokenizer, scratch=scratch)
     found = loader.eval_batches(
         store, batch_size=1, seq_len=seq_len, stride=seq_len, max_batches=max(1, _TOKENS.value // seq_len)
     )
