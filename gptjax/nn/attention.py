@@ -18,6 +18,9 @@ from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array
 
+# Where modules leave values for who applies the model and asks for them: Flax's one collection that `init` never fills.
+SOWN = "intermediates"
+
 
 @flax.struct.dataclass
 class Context:
@@ -74,6 +77,8 @@ class Attention(nn.Module):
         else:
             assert kv is not None, "a pattern begins with a layer that has keys and values"
             view = dict(kv)
+        for name, value in (("queries", q_BTNH), ("keys", view["keys"]), ("values", view["values"])):
+            self.sow(SOWN, name, value)
         o_BTNH = attention(
             q_BTNH,
             constrain(view["keys"], "act_batch", "act_kv_length", "act_kv_heads", None),

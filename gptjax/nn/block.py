@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attention, Context
+from gptjax.nn.attention import SOWN, Attention, Context
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, MoEConfig
 from gptjax.nn.mla import LatentAttention
 from gptjax.nn.mlp import MLP
@@ -22,9 +22,6 @@ from gptjax.types import Array
 
 # Up to this many repeats are unrolled on CPU, where a loop hinders fusion across layers.
 _MAX_UNROLL_ON_CPU = 16
-
-# Flax's one collection that `init` never fills.
-RESIDUALS = "intermediates"
 
 
 def remat_policy(name: str) -> Callable[..., Any] | None:
@@ -87,7 +84,7 @@ class Block(nn.Module):
 
         x_BTD = self._branch("attention", attend, x_BTD)
         x_BTD = self._branch("mlp", feed_forward, x_BTD)
-        self.sow(RESIDUALS, "x_BTD", x_BTD)  # nothing, unless who applies the model asks for it
+        self.sow(SOWN, "x_BTD", x_BTD)
         return Stream(x_BTD, kv), cache, aux
 
     def _branch(self, name: str, fn: Callable[[Array], Array], x_BTD: Array) -> Array:
@@ -131,7 +128,7 @@ def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str | N
         body = nn.remat(body, policy=remat_policy(remat), prevent_cse=_unroll(group) > 1)
     scanned = nn.scan(
         body,
-        variable_axes={RESIDUALS: 0} if group.shared else {"params": 0, RESIDUALS: 0},
+        variable_axes={SOWN: 0} if group.shared else {"params": 0, SOWN: 0},
         variable_broadcast="params" if group.shared else False,
         split_rngs={"params": not group.shared},
         in_axes=(0, nn.broadcast),

@@ -11,7 +11,7 @@ from flax import linen as nn
 from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
-from gptjax.nn.attention import Context
+from gptjax.nn.attention import SOWN, Context
 from gptjax.nn.config import MLAConfig
 from gptjax.nn.linear import Kernel, Linear, einsum
 from gptjax.nn.norm import Norm
@@ -62,6 +62,8 @@ class LatentAttention(nn.Module):
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             k = jnp.concatenate([k_nope, shared], axis=-1)
             v = einsum("BSR,RNH->BSNH", latents, value_RNH)
+            for name, value in (("queries", q), ("keys", k), ("values", v)):
+                self.sow(SOWN, name, value)
         head = None if absorbed else "act_heads"
         o = attention(
             constrain(q, "act_batch", "act_length", "act_heads", None),

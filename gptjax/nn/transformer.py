@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from flax import linen as nn
 
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import low_rank, rope, storage
-from gptjax.nn.attention import Context
-from gptjax.nn.block import RESIDUALS, Block, Stream, scan_group, sum_aux
+from gptjax.nn.attention import SOWN, Context
+from gptjax.nn.block import Block, Stream, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -86,25 +86,41 @@ def forward(
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
 
 
-def forward_with_residuals(
+class LayerValues(NamedTuple):
+    """What a layer computes on the way.
+
+    Attributes:
+      x_BTD: the residual stream after it, before the final norm.
+      queries, keys, values: `[B, T, heads, size]` as they are attended with, rotated and normed.
+    """
+
+    x_BTD: Array
+    queries: Array
+    keys: Array
+    values: Array
+
+
+def forward_with_layers(
     cfg: ModelConfig,
     params: Params,
     tokens_BT: Array,
     *,
     positions_BT: Array | None = None,
     segment_ids_BT: Array | None = None,
-) -> tuple[ModelOutput, list[Array]]:
-    """`forward`, and the residual stream `[B, T, D]` after each layer, before the final norm."""
+) -> tuple[ModelOutput, list[LayerValues]]:
+    """`forward`, and what each layer computed; what of it is not read is not kept by the compiled program."""
     positions_BT = _from_0(tokens_BT) if positions_BT is None else positions_BT
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
     output, kept = Transformer(cfg).apply(
-        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[RESIDUALS]
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[SOWN]
     )
     found = []
     for i, group in enumerate(cfg.groups):
-        of_blocks = kept[RESIDUALS][f"group_{i}"]
         for repeat in range(group.repeats):
-            found += [of_blocks[f"block_{j}"]["x_BTD"][0][repeat] for j in range(len(group.pattern))]
+            for j in range(len(group.pattern)):
+                block = kept[SOWN][f"group_{i}"][f"block_{j}"]
+                attended = {name: values[0][repeat] for name, values in block["attention"].items()}
+                found.append(LayerValues(x_BTD=block["x_BTD"][0][repeat], **attended))
     return output, found  # type: ignore[return-value]
 
 

@@ -137,7 +137,8 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None, *, task
     params = {**transformer.abstract_params(model), **task.companions.shapes}
     axes = {**transformer.param_axes(model), **task.companions.axes}
     optimizer = build.build(cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model))
-    shapes = state_lib.abstract_state(params, optimizer.tx)
+    extra = task.carried.shapes if task.carried else None
+    shapes = state_lib.abstract_state(params, optimizer.tx, extra=extra)
     shardings = rules.state_shardings(mesh, shapes, axes, params)
     return Setup(model, task, optimizer, shapes, shardings)
 
