@@ -210,18 +210,23 @@ class CheckpointTensor:
         return [self.params.scales(part.path, part.index) for part in self.unit.ours]
 
 
-def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> dict[str, str]:
+def value_problems(
+    source: Source, stored: Mapping[str, CheckpointTensor], *, num_threads: int | None = None
+) -> dict[str, str]:
     """What is wrong with tensors, by name.
 
-    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers.
+    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers. Of what is in
+    few bits on either side a zero may have another sign.
     """
     found: dict[str, str] = {}
 
     def compare(task: stream.Tensor) -> None:
+        tensor = stored[task.name]
+        one_zero = tensor.dtype.type(0) if tensor.is_in_few_bits else None
         # One after the other: both in memory would be more than what converting takes.
-        wanted = digest(source.tensors[task.name].read().astype(task.dtype, copy=False))
-        values = stored[task.name].read()
-        if wanted != digest(values):
+        wanted = _digest(source.tensors[task.name].read().astype(task.dtype, copy=False), one_zero)
+        values = tensor.read()
+        if wanted != _digest(values, one_zero):
             found[task.name] = f"{task.name}: what was written is not what was read"
         elif num_bad := int(np.count_nonzero(~np.isfinite(values))):
             found[task.name] = f"{task.name}: {num_bad:,} of its {values.size:,} values are not finite numbers"
@@ -229,6 +234,10 @@ def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: in
     tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
     stream.run(tasks, compare, None, label="compare", num_threads=num_threads)
     return dict(sorted(found.items()))
+
+
+def _digest(values: np.ndarray, one_zero: np.generic | None) -> bytes:
+    return digest(values if one_zero is None else values + one_zero)
 
 
 MAX_PROBLEMS = 5
