@@ -137,15 +137,15 @@ def write_source(source: Source, file: pathlib.Path, *, quantization: Quantizati
 
 def _in_blocks(plan: Plan, kinds: Mapping[str, str]) -> Plan:
     """With tensors of other types than those for floats."""
-    if not kinds:
-        return plan
     sizes: collections.Counter[str] = collections.Counter()
     for name, kind in kinds.items():
-        sizes[kind] += math.prod(plan.tensors[name][0])
-    file_type = {"general.file_type": int(gguf_package().LlamaFileType[f"MOSTLY_{sizes.most_common(1)[0][0]}"])}
+        sizes[kind] += math.prod(plan.tensors[name][0]) if kind in blocks.KINDS else 0
+    metadata = dict(plan.metadata)
+    if sizes.total():
+        metadata["general.file_type"] = int(gguf_package().LlamaFileType[f"MOSTLY_{sizes.most_common(1)[0][0]}"])
     return dataclasses.replace(
         plan,
-        metadata=plan.metadata | file_type,
+        metadata=metadata,
         tensors={
             name: (shape, _type(kinds[name]) if name in kinds else kind)
             for name, (shape, kind) in plan.tensors.items()
