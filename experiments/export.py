@@ -38,6 +38,7 @@ _FEW_BITS = flags.DEFINE_enum(
     "gguf, of kernels in few bits: blocks with the very values, and what has none is refused or so many bits; or floats "
     "for all, as --quantization says. blocks unless told.",
 )
+_TEXT = flags.DEFINE_string("text", None, "Held-out text, on which both have to have the same perplexity within 1 %.")
 _SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "Size of a .safetensors file at most; 5.", lower_bound=0.001)
 flags.adopt_module_key_flags(interop_flags)
 
@@ -59,7 +60,7 @@ def main() -> int:
             pathlib.Path(_DST.value).expanduser().absolute(),
             format=_FORMAT.value,
             options=options,
-            check=interop_flags.check(),
+            check=interop_flags.check(text=_TEXT.value),
         ),
         path=_DST.value,
     )

@@ -19,6 +19,7 @@ from gptjax.interop import (
     lineage,
     onnx,
     params,
+    perplexities,
     publish,
     referees,
     saved_model,
@@ -271,6 +272,8 @@ def _run(
         if rounded is not None and format == "hf":  # which is run in float32
             found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
         judged = judge(found, source, target, runners=(ours, peer), check=check, rounded=rounded)
+        if check.text is not None:
+            judged = perplexities.judge(judged, check.text, ours, peer, written=rounded and rounded.runner)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)

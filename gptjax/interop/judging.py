@@ -21,10 +21,12 @@ class Check:
       proof: `values` only compares what was written, a tensor at a time, where it is written as it is (a checkpoint, or
         `hf`); `run` besides runs both implementations, which needs memory for the model.
       trace: told how the layers' outputs compare, where the peer shows them.
+      text: held-out text, as `eval.heldout` reads it, on which the perplexities of an export are compared too.
     """
 
     proof: Literal["run", "values"] = "run"
     trace: Callable[[str], None] | None = None
+    text: str | None = None
 
 
 CHECK = Check()
