@@ -35,8 +35,8 @@ _FEW_BITS = flags.DEFINE_enum(
     "few_bits",
     None,
     ["blocks", "blocks_or_f16", "blocks_or_f32", "floats"],
-    "gguf, of kernels in few bits: blocks with the very values, and what has none is refused or so many bits; or floats "
-    "for all, as --quantization says. blocks unless told.",
+    "gguf, of kernels in few bits: blocks with the very values; what has none is refused, or gets so many bits. Or "
+    "floats for all, as --quantization says. blocks unless told.",
 )
 _TEXT = flags.DEFINE_string("text", None, "Held-out text, on which both have to have the same perplexity within 1 %.")
 _SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "Size of a .safetensors file at most; 5.", lower_bound=0.001)

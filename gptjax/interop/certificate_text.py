@@ -30,8 +30,8 @@ def table(certificate: Certificate) -> str:
         lines += [f"    {text!r:.40}: {reason}" for text, reason in known.items()]
     if (found := certificate.perplexities) is not None:
         lines.append(
-            f"  perplexity of {found.num_targets:,} tokens of {found.text}: checkpoint {found.checkpoint:.4f}, what was "
-            f"written {found.written:.4f}, by the peer {found.peer:.4f} ({found.peer / found.written - 1:+.3%})"
+            f"  perplexity of {found.num_targets:,} tokens of {found.text}: checkpoint {found.checkpoint:.4f}, what "
+            f"was written {found.written:.4f}, by the peer {found.peer:.4f} ({found.peer / found.written - 1:+.3%})"
         )
     lines += [f"  note: {note}" for note in certificate.notes]
     return "\n".join(lines)

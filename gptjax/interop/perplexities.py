@@ -34,18 +34,14 @@ def judge(
         f"{text}: perplexity {measured.peer:.4g} by {peer.name}, {measured.written:.4g} here with the same values, "
         f"expected within {MAX_DIFFERENCE:.0%}"
     )
-    return dataclasses.replace(
-        found, perplexities=measured, accepted=False, problems=(*found.problems, problem)
-    )
+    return dataclasses.replace(found, perplexities=measured, accepted=False, problems=(*found.problems, problem))
 
 
 def measure(text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunner | None) -> Perplexities:
     """See `judge`."""
     if ours.tokenizer is None:
         raise ValueError(f"{text}: the checkpoint has no tokenizer to read text with")
-    rows = heldout.read(
-        text, ours.tokenizer, seq_len=min(ours.model.seq_len, _SEQ_LEN), num_tokens=_NUM_TOKENS
-    )
+    rows = heldout.read(text, ours.tokenizer, seq_len=min(ours.model.seq_len, _SEQ_LEN), num_tokens=_NUM_TOKENS)
 
     def by_peer(tokens: list[int]) -> np.ndarray:
         logits = peer.logits(tokens)

@@ -60,9 +60,7 @@ class StoredParams:
     """
 
     def __init__(self, directory: pathlib.Path, model: ModelConfig, sliced_dims: Mapping[str, int]) -> None:
-        leaves = jax.tree_util.tree_leaves_with_path(
-            transformer.abstract_params(model), is_leaf=quantized.is_quantized
-        )
+        leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(model), is_leaf=quantized.is_quantized)
         self.kernels: dict[str, QuantizedArray] = {
             storage.name(path): leaf for path, leaf in leaves if quantized.is_quantized(leaf)
         }

@@ -27,7 +27,7 @@ class _Whole:
 
 
 def kinds(places: Mapping[str, Place], tensors: CheckpointTensors, *, few_bits: FewBits) -> dict[str, str]:
-    """ggml's types of the tensors in few bits, by name: of blocks, or `F16` and `F32` where none holds them.
+    """The types in GGUF of the tensors in few bits, by name: of blocks, or `F16` and `F32` where none holds them.
 
     Raises:
       ValueError: naming a tensor that no block holds, if it is not to be written otherwise.

@@ -147,8 +147,7 @@ def _in_blocks(plan: Plan, kinds: Mapping[str, str]) -> Plan:
         plan,
         metadata=metadata,
         tensors={
-            name: (shape, _type(kinds[name]) if name in kinds else kind)
-            for name, (shape, kind) in plan.tensors.items()
+            name: (shape, _type(kinds[name]) if name in kinds else kind) for name, (shape, kind) in plan.tensors.items()
         },
         held=frozenset(name for name, kind in kinds.items() if kind in blocks.KINDS),
     )
