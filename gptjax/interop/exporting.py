@@ -273,7 +273,8 @@ def _run(
             found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
         judged = judge(found, source, target, runners=(ours, peer), check=check, rounded=rounded)
         if check.text is not None:
-            judged = perplexities.judge(judged, check.text, ours, peer, written=rounded and rounded.runner)
+            written = ours if rounded is None else rounded.runner
+            judged = perplexities.judge(judged, check.text, ours, peer, written=written)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)

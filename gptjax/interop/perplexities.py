@@ -14,14 +14,12 @@ MAX_DIFFERENCE = 0.01
 _NUM_TOKENS, _SEQ_LEN = 8192, 512
 
 
-def judge(
-    found: Certificate, text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunner | None
-) -> Certificate:
+def judge(found: Certificate, text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunner) -> Certificate:
     """The certificate with the perplexities on a text, rejected where they differ by more than `MAX_DIFFERENCE`.
 
     Args:
       ours: the checkpoint.
-      written: ours with the values that were written, where they are others.
+      written: ours with the values that were written.
 
     Raises:
       ValueError: if the text cannot be read, or the model has no tokenizer to read it with.
@@ -37,7 +35,7 @@ def judge(
     return dataclasses.replace(found, perplexities=measured, accepted=False, problems=(*found.problems, problem))
 
 
-def measure(text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunner | None) -> Perplexities:
+def measure(text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunner) -> Perplexities:
     """See `judge`."""
     if ours.tokenizer is None:
         raise ValueError(f"{text}: the checkpoint has no tokenizer to read text with")
@@ -54,7 +52,7 @@ def measure(text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunne
         "peer": perplexity.evaluate_logits(by_peer, rows.batches),
     }
     sums["written"] = (
-        sums["checkpoint"] if written is None else perplexity.evaluate(written.model, written.params, rows.batches)
+        sums["checkpoint"] if written is ours else perplexity.evaluate(written.model, written.params, rows.batches)
     )
     figures = {name: perplexity.perplexity(found.nats, found.tokens) for name, found in sums.items()}
     return Perplexities(text=rows.name, num_targets=rows.num_targets, **figures)

@@ -102,7 +102,8 @@ def steps_of(part: QuantizedArray) -> Steps:
     groups = codes.reshape(*scale.shape, -1)
     counted = groups - zero.astype(np.int16)[..., None]
     spread = np.broadcast_to(scale[..., None], groups.shape)
-    return Steps(*(np.asarray(part.layout.from_rows(x.reshape(codes.shape))) for x in (counted, spread)))
+    as_kernel = part.layout.from_rows
+    return Steps(*(np.asarray(as_kernel(jnp.asarray(x.reshape(codes.shape)))) for x in (counted, spread)))
 
 
 def most_steps(format: WeightFormat) -> tuple[int, int]:

@@ -90,9 +90,10 @@ def test_a_peer_that_computes_something_else_is_rejected(tmp_path):
         tolerance=certificate.TOLERANCES["float32"],
     )  # fmt: skip
     text = str(tmp_path / "text.txt")
-    same = perplexities.judge(found, text, ours, Peer(1.0), written=None)
+    same = perplexities.judge(found, text, ours, Peer(1.0), written=ours)
     assert same.accepted and same.perplexities.peer == pytest.approx(same.perplexities.checkpoint, rel=1e-5)
-    other = perplexities.judge(found, text, ours, Peer(0.5), written=None)
+    other = perplexities.judge(found, text, ours, Peer(0.5), written=ours)
     assert not other.accepted and "by another" in other.problems[0] and "expected within 1%" in other.problems[0]
+    without = GptjaxRunner(model, ours.params, None)
     with pytest.raises(ValueError, match="has no tokenizer to read text with"):
-        perplexities.judge(found, text, GptjaxRunner(model, ours.params, None), Peer(1.0), written=None)
+        perplexities.judge(found, text, without, Peer(1.0), written=without)
