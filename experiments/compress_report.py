@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _CKPTS = flags.DEFINE_list("ckpts", None, "Checkpoints or workdirs (their newest), the original first.", required=True)
 _NAMES = flags.DEFINE_list("names", None, "What they are called; the names of their directories unless told.")
-_DATA = flags.DEFINE_string("data", None, "Held-out text: a file, or a source of prepare_data.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Held-out token store, text file, or source of prepare_data.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the page and its figures; without a report yet.", required=True)
 _TOKENS = flags.DEFINE_integer("num_tokens", 65_536, "Of the text, at most.", lower_bound=512)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row; the model's context, at most 512, unless told.")

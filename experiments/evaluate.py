@@ -22,8 +22,6 @@ from experiments import common, model_flags
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from gptjax.data.store import Store
-    from gptjax.model import Model
 
 _DATA = flags.DEFINE_string("data", None, "Token store, text file, or source such as dir:src/**/*.py.", required=True)
 _STRIDE = flags.DEFINE_integer(
@@ -46,14 +44,16 @@ def main() -> None:
 
 
 def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
-    from gptjax.data import loader
+    from gptjax.data import loader, writer
     from gptjax.eval import baselines, perplexity
     from gptjax.parallel import hosts, rules
 
     model, origin = model_flags.load()
     began, seq_len = time.perf_counter(), model.config.seq_len
     stride = max(1, seq_len // 2) if _STRIDE.value is None else _STRIDE.value
-    store = _open(model, scratch)
+    if model.tokenizer is None:
+        raise ValueError("this checkpoint has no tokenizer to read text with")
+    store = writer.store_of(_DATA.value, model.tokenizer, scratch=scratch)
     rows = -(-_BATCH_SIZE.value // mesh.size) * mesh.size
     host, num = hosts.row_group(rules.batch_sharding(mesh), (rows, seq_len))
     batches = loader.eval_batches(store, batch_size=rows, seq_len=seq_len, stride=stride, host=host, num_hosts=num)
@@ -72,20 +72,6 @@ def _evaluate(mesh: Mesh, scratch: pathlib.Path) -> dict[str, Any]:
         "bits_per_byte": bits,
         "wall_seconds": time.perf_counter() - began,
     }
-
-
-def _open(model: Model, scratch: pathlib.Path) -> Store:
-    """The store that --data is, or one made of its text with the model's tokenizer."""
-    from gptjax.data import source, tokenizer, writer
-    from gptjax.data import store as store_lib
-
-    if model.tokenizer is None:
-        raise ValueError("this checkpoint has no tokenizer to read text with")
-    data = pathlib.Path(_DATA.value)
-    if (data / store_lib.META).is_file() or (data / tokenizer.FILE_NAME).is_file():
-        return store_lib.open_store(_DATA.value, fingerprint=model.tokenizer.fingerprint)
-    text = source.open_source(_DATA.value)
-    return writer.write_store(scratch, text.documents(), model.tokenizer, description=text.description)
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from experiments import common, prune_flags
+from experiments import calibration_flags, common, prune_flags
 
 if TYPE_CHECKING:
     from gptjax.types import Params
@@ -27,6 +27,7 @@ _CKPT = flags.DEFINE_string(
 )
 _DST = flags.DEFINE_string("dst", None, "The checkpoint directory to make; not there yet.", required=True)
 flags.adopt_module_key_flags(prune_flags)
+flags.adopt_module_key_flags(calibration_flags)
 
 
 def main() -> None:
@@ -39,12 +40,14 @@ def main() -> None:
     cut, sparsity = prune_flags.cut(), prune_flags.sparsity()
     if not cut and sparsity is None:
         raise ValueError("nothing to do: give --sparsity, or one of --width, --heads, --depth and --experts")
+    looks = bool(cut) or prune_flags.method() != "magnitude"
+    calibration_flags.check(" and ".join(cut) or f"--method={prune_flags.method()}", needed=looks)
     model, began = gptjax.load(_CKPT.value), time.perf_counter()
     cfg, params, method = model.config, model.params, prune_flags.method()
     structured.check(cfg, cut)
     if sparsity is not None:
         prune.check(structured.changed(cfg, cut), sparsity)
-    batches, facts = prune_flags.calibration(model, needed=bool(cut) or method != "magnitude")
+    batches, facts = calibration_flags.batches(model) if looks else ([], None)
     source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(params)}
     done: list[str] = []
     for name, size in cut.items():

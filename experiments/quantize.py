@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from experiments import common, quantize_flags
+from experiments import calibration_flags, common, quantize_flags
 
 if TYPE_CHECKING:
     from gptjax.compress.quantize import Result
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 _CKPT = flags.DEFINE_string("ckpt", None, "Checkpoint, workdir, or another framework's model; read.", required=True)
 _DST = flags.DEFINE_string("dst", None, "The checkpoint directory to make; not there yet.", required=True)
 flags.adopt_module_key_flags(quantize_flags)
+flags.adopt_module_key_flags(calibration_flags)
 
 
 def main() -> None:
     """Quantises, writes the checkpoint and prints what became of each parameter."""
     import gptjax
-    from gptjax.compress import quantize, saving, text
-    from gptjax.model import check_length
+    from gptjax.compress import quantize, saving
 
     destination = pathlib.Path(_DST.value).expanduser().absolute()
     saving.check_free(destination)
@@ -38,14 +38,7 @@ def main() -> None:
     quant = quantize_flags.rules()
     model = gptjax.load(_CKPT.value)
     quantize.check(model.config, quant, method=method)
-    batches, calibration = [], None
-    if method.is_calibrated:
-        spec, rows, length, rows_at_once = quantize_flags.calibration()
-        if model.tokenizer is None:
-            raise ValueError(f"{_CKPT.value}: has no tokenizer to read the calibration text with")
-        check_length(model.config, length)
-        found = text.calibration(spec, model.tokenizer, rows=rows, length=length)
-        batches, calibration = found.batches(rows_at_once=rows_at_once), found.facts()
+    batches, facts = calibration_flags.batches(model) if method.is_calibrated else ([], None)
 
     def told(layer: int) -> None:
         logging.info("layer %d of %d, %.0f s", layer, model.config.num_layers, time.perf_counter() - began)
@@ -55,7 +48,7 @@ def main() -> None:
         "stage": "quantize",
         "method": dataclasses.asdict(method),
         "rules": [dataclasses.asdict(rule) for rule in quant.rules],
-        "calibration": calibration,
+        "calibration": facts,
         "source": {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.params)},
     }
     saving.write(destination, result.model, result.params, entry=entry, source=model.meta, tokenizer=model.tokenizer)

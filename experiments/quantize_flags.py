@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from experiments import calibration_flags
+
 if TYPE_CHECKING:
     from gptjax.compress.quantize import Method
     from gptjax.nn.config import QuantConfig, WeightFormat
@@ -24,10 +26,6 @@ _CODES = flags.DEFINE_enum(
 _ACTIVATIONS = flags.DEFINE_enum("activations", "none", ["none", "int8", "fp8"], "What kernels' inputs are rounded to.")
 _EMBEDDINGS = flags.DEFINE_enum("embeddings", "none", ["none", "int8", "fp8_e4m3"], "Of the token table and the head.")
 _LEAVE = flags.DEFINE_string("leave", None, "Regular expression of the paths of kernels that stay as they are.")
-_CALIBRATION = flags.DEFINE_string("calibration", None, "Text file, directory, or source as in prepare_data.")
-_ROWS = flags.DEFINE_integer("calibration_rows", 128, "Rows of calibration text.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("calibration_length", 512, "Tokens of such a row.", lower_bound=2)
-_ROWS_AT_ONCE = flags.DEFINE_integer("calibration_batch", 16, "Rows that a layer takes at once.", lower_bound=1)
 _SCALING = flags.DEFINE_enum("scaling", None, ["none", "awq", "smoothquant"], "Of inputs; by the method unless told.")
 _ALPHA = flags.DEFINE_float("alpha", None, "SmoothQuant: the part of the inputs' range that kernels take over.")
 _ORDER = flags.DEFINE_enum("order", None, ["none", "activation", "group"], "GPTQ: inputs in the order of their size.")
@@ -85,16 +83,9 @@ def method() -> Method:
     unread = [] if found.rounding == "gptq" else list(rounding)
     unread += ["alpha"] if scaling != "smoothquant" and _ALPHA.value is not None else []
     if not found.is_calibrated:
-        names = {"calibration": _CALIBRATION.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
         unread += [name for name, value in names.items() if value is not None]
     if unread:
         raise ValueError(f"--method={_METHOD.value} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
-    if found.is_calibrated and _CALIBRATION.value is None:
-        raise ValueError(f"--method={_METHOD.value} looks at text: give --calibration")
+    calibration_flags.check(f"--method={_METHOD.value}", needed=found.is_calibrated)
     return found
-
-
-def calibration() -> tuple[str, int, int, int]:
-    """The source of the text, rows, their length, and rows at once."""
-    assert _CALIBRATION.value is not None, "`method` has seen to that"
-    return _CALIBRATION.value, _ROWS.value, _LENGTH.value, _ROWS_AT_ONCE.value

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.data import source as source_lib
+from gptjax.data import store as store_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.types import Array
 
@@ -43,48 +44,53 @@ class Calibration:
         return {"source": self.source, "rows": rows, "length": length, "tokens_sha256": digest}
 
 
-def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int, context: int | None = None) -> Calibration:
-    """Reads calibration rows: documents one after another, each behind its start token, cut into equal rows.
+def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int) -> Calibration:
+    """Reads calibration rows: documents one after another, cut into equal rows.
 
     Of a long text the rows are spread evenly over its first `16 * rows * length` tokens.
 
     Args:
-      spec: a file, a directory or another source that `data.source.open_source` takes.
-      context: the longest row that the model was built for, if it is known.
+      spec: a token store, or a file or another source that `data.source.open_source` takes.
 
     Raises:
-      ValueError: if the text is shorter than the rows, or a row is longer than the model's context.
+      ValueError: if the text is shorter than the rows.
     """
     if rows < 1 or length < 2:
         raise ValueError(f"calibration: {rows} rows of {length} tokens; expected at least 1 row of at least 2")
-    if context is not None and length > context:
-        raise ValueError(f"calibration: rows of {length} tokens are longer than the model's context of {context}")
-    opened = source_lib.open_source(spec)
+    description, documents = _documents(spec, tokenizer)
     wanted, limit, parts, found = rows * length, _SPREAD * rows * length, [], 0
-    for tokens in _tokenized(opened, tokenizer):
+    for tokens in documents:
         parts.append(tokens)
         found += len(tokens)
         if found >= limit:
             break
     if found < wanted:
         raise ValueError(
-            f"{opened.description}: has {found:,} tokens, too few for {rows} calibration rows of {length}; give more "
+            f"{description}: has {found:,} tokens, too few for {rows} calibration rows of {length}; give more "
             f"text, or ask for at most {found // length} rows"
         )
     stream = np.concatenate(parts)[:limit]
     # The last start is where the last whole row fits, and neighbours do not overlap.
     starts = np.arange(rows) * (len(stream) - length) // max(rows - 1, 1)
-    return Calibration(opened.description, np.stack([stream[start : start + length] for start in starts]))
+    return Calibration(description, np.stack([stream[start : start + length] for start in starts]))
+
+
+def _documents(spec: str, tokenizer: Tokenizer) -> tuple[str, Iterator[np.ndarray]]:
+    """What `spec` is, and the tokens of its documents with those around them, as models are trained on them."""
+    if store_lib.is_store(spec):
+        store = store_lib.open_store(spec, fingerprint=tokenizer.fingerprint)
+        return spec, (store.document(index).astype(np.int32) for index in range(store.num_documents))
+    source = source_lib.open_source(spec)
+    return source.description, _tokenized(source, tokenizer)
 
 
 def _tokenized(source: source_lib.Source, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The tokens of each document, behind the start token where there is one."""
-    start = [] if tokenizer.start_id is None else [tokenizer.start_id]
+    start, end = ([] if id is None else [id] for id in (tokenizer.start_id, tokenizer.eos_id))
     waiting: list[str] = []
 
     def encoded() -> Iterator[np.ndarray]:
         for tokens in tokenizer.encode_batch(waiting):
-            yield np.concatenate([np.asarray(start, np.int32), tokens.astype(np.int32)])
+            yield np.concatenate([start, tokens, end]).astype(np.int32)
 
     for document in source.documents():
         waiting.append(document.text)

@@ -205,6 +205,12 @@ class BlockChecksums:
         return np.array(self._sums, "<u4").tobytes()
 
 
+def is_store(path: str | os.PathLike[str]) -> bool:
+    """Whether a store is there, or the folder of stores that `experiments.prepare_data` makes."""
+    directory = pathlib.Path(path)
+    return (directory / META).is_file() or (directory / tokenizer.FILE_NAME).is_file()
+
+
 def open_store(path: str | os.PathLike[str], *, fingerprint: str | None = None) -> Store:
     """Opens a store and checks the size of every file and the checksum of every table.
 

@@ -91,6 +91,18 @@ def write_store(
     return store.open_store(final)
 
 
+def store_of(spec: str, tokenizer: Tokenizer, *, scratch: pathlib.Path) -> store.Store:
+    """The token store that `spec` is, or one that is made at `scratch` of the text that it names.
+
+    Raises:
+      ValueError: if it is neither, or a store of another tokenizer's tokens.
+    """
+    if store.is_store(spec):
+        return store.open_store(spec, fingerprint=tokenizer.fingerprint)
+    text = source.open_source(spec)
+    return write_store(scratch, text.documents(), tokenizer, description=text.description)
+
+
 def _begin(partial: pathlib.Path, plan: store.StoreMeta) -> None:
     """Makes the unfinished directory, or finds that it can be gone on with."""
     if (partial / _shard_name(0)).is_file():

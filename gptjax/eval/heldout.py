@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
-from gptjax.data import loader, source, writer
+from gptjax.data import loader, writer
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.types import Batch
 
@@ -31,18 +31,15 @@ def read(spec: str, tokenizer: Tokenizer, *, seq_len: int, num_tokens: int) -> H
     """The rows of a text, always the same ones.
 
     Args:
-      spec: a file or another source that `data.source.open_source` takes.
+      spec: a token store, a file, or another source that `data.source.open_source` takes.
       num_tokens: at most, but a row at least.
 
     Raises:
       ValueError: if there is no such text, or nothing in it to be scored.
     """
-    text = source.open_source(spec)
     with tempfile.TemporaryDirectory() as scratch:
-        store = writer.write_store(
-            pathlib.Path(scratch) / "store", text.documents(), tokenizer, description=text.description
-        )
+        store = writer.store_of(spec, tokenizer, scratch=pathlib.Path(scratch) / "store")
         found = loader.eval_batches(
             store, batch_size=1, seq_len=seq_len, stride=seq_len, max_batches=max(1, num_tokens // seq_len)
         )
-        return HeldOut(text.description, tuple(found), found.num_targets, found.num_bytes)
+        return HeldOut(spec, tuple(found), found.num_targets, found.num_bytes)

@@ -40,7 +40,7 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
     result = run(
         f"--ckpt={source}", f"--dst={tmp_path}/out", "--width=0.5", "--depth=2", "--sparsity=2:4",
-        f"--calibration={source}/text.txt", "--rows=4", "--length=32",
+        f"--calibration={source}/text.txt", "--calibration_rows=4", "--calibration_length=32",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
@@ -63,8 +63,9 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
         ([], "nothing to do: give --sparsity"),
         (["--sparsity=1"], "sparsity=1: expected above 0 and below 1"),
         (["--sparsity=3:5", "--method=magnitude"], "32 inputs are not a multiple of 5"),
-        (["--heads=1"], "heads=1: 4 heads are in groups of 2"),
-        (["--sparsity=0.5"], "--calibration is missing"),
+        (["--heads=1", "--calibration=x"], "heads=1: 4 heads are in groups of 2"),
+        (["--sparsity=0.5"], "--method=sparsegpt looks at text: give --calibration"),
+        (["--sparsity=0.5", "--method=magnitude", "--calibration=x"], "looks at no text; leave out --calibration"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_work(source, tmp_path, flags, message):
