@@ -19,9 +19,11 @@ from gptjax.json_files import write_json
 
 _STYLE = (Path(run_report.__file__).parent / "report.css").read_text(encoding="utf-8")
 _WIDE = (
-    "#figures, #multiple-choice, #not-measured, #quality-and-size, #quality-and-speed { grid-column: 1 / -1; } "
-    ":is(#figures, #multiple-choice) :is(table, th, td) { font-size: 12px; white-space: nowrap; } "
-    ":is(#figures, #multiple-choice) :is(td + td, th + th) { text-align: right; }"
+    "section { grid-column: 1 / -1; } svg { max-width: 900px; font-size: 11px; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) :is(table, th, td) { white-space: nowrap; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) :is(td + td, th + th) { text-align: right; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) td:first-child { max-width: 320px; overflow: hidden; "
+    "text-overflow: ellipsis; }"
 )
 
 
@@ -95,9 +97,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def render(comparison: Comparison) -> str:
     """The page as a string."""
-    variants = comparison.variants
+    variants, figures = comparison.variants, rows(comparison.variants)
+    quality = [line[: _NUM_QUALITY + 1] for line in figures]
+    cost = [[line[0], *line[_NUM_QUALITY + 1 :]] for line in figures]
     sections = [
-        ("Figures", "errors are standard errors; ratios are to the original", _table(rows(variants))),
+        ("Quality", "errors are standard errors; ratio, KL and same token are to the original", _table(quality)),
+        ("Size and speed", "measured here, in turn; a token a pass for one reader", _table(cost)),
         (
             "Quality and size",
             "perplexity by megabytes on disk; lower and further left is better, the line is the best of both",
@@ -110,7 +115,7 @@ def render(comparison: Comparison) -> str:
         ),
         (
             "Multiple choice",
-            "share of questions answered right, and by how much that is more than the original, with standard errors",
+            "questions answered right, and in brackets by how much more of them than by the original",
             _table(task_rows(variants)),
         ),
         ("Not measured", "", _facts(comparison.failures)),
@@ -142,6 +147,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Variant, Variant], str]], ...] = (
     ("prefill, tok/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
     ("decode, tok/s", lambda v, first: f"{v.speed.decode:,.0f}"),
 )
+_NUM_QUALITY = 6
+"""Of the columns."""
 
 
 def rows(variants: Sequence[Variant]) -> list[list[str]]:
@@ -176,7 +183,11 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
     head, *body = lines
-    parts = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
+    # A long name is cut, and whole where the pointer rests.
+    parts = [
+        "".join(f'<td title="{cell}">{cell}</td>' if not i else f"<td>{cell}</td>" for i, cell in enumerate(row))
+        for row in (list(map(html.escape, row)) for row in body)
+    ]
     heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     rows = "".join(f"<tr>{part}</tr>" for part in parts)
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
