@@ -91,6 +91,11 @@ def test_sizes_are_those_in_memory(original, variant):
     assert small.memory_bytes < 0.8 * plain.memory_bytes
 
 
+def test_a_rate_is_never_made_of_noise_alone():
+    assert measure._decode_rate(10, 3.0, 1.0) == 5.0
+    assert measure._decode_rate(10, 1.1, 1.0) == measure._decode_rate(10, 1.1, 1.2) == 10.0
+
+
 def test_no_point_of_the_front_is_behind_another():
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.5, 2.5), (4.0, 1.0), (1.0, 6.0)]
     assert charts.pareto_front(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]

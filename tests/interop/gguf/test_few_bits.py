@@ -216,3 +216,42 @@ def test_options_without_effect_and_models_that_are_not_stored_in_few_bits(tmp_p
     saving.write(tmp_path / "qat", trained, floats, entry={"stage": "test"}, source=meta, tokenizer=None)
     with pytest.raises(ValueError, match="trained for few bits, .*store them in few bits first"):
         exporting.export(tmp_path / "qat", tmp_path / "out", format="gguf")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """Half of every kernel is zero, so that the checkpoint is stored sparse; and the same in 8 bits."""
+    folder = tmp_path_factory.mktemp("pruned")
+    gguf_models.saved(gguf_models.CONFIGS["llama"], folder / "floats")
+    meta, floats = reading.restore_params(folder / "floats")
+    random = np.random.default_rng(0)
+    halved = jax.tree.map(lambda x: np.where(random.random(x.shape) < 0.5, 0, x) if x.ndim > 2 else x, floats)
+    saving.write(folder / "half", meta.model, halved, entry={"stage": "prune"}, source=meta, tokenizer=None)
+    model = dataclasses.replace(meta.model, quant=quant(INT8))
+    stored = transformer.store(model, halved)
+    saving.write(folder / "both", model, stored, entry={"stage": "quantize"}, source=meta, tokenizer=None)
+    for name in ("half", "both"):
+        assert "bitmap" in (folder / name / "params" / "_METADATA").read_text()
+    return folder, halved, stored
+
+
+@pytest.mark.parametrize("format, package", [("hf", "transformers"), ("gguf", "xllamacpp")])
+def test_what_is_stored_sparse_is_exported_with_its_zeros(pruned, tmp_path, format, package):
+    pytest.importorskip(package, reason="the peer's own implementation is not installed")
+    folder, halved, _ = pruned
+    options = Options(dtype=np.dtype(np.float32)) if format == "gguf" else Options()
+    found = exporting.export(folder / "half", tmp_path / "out", format=format, options=options)
+    assert found.accepted and max(row.max_logit_difference for row in found.comparisons) < 2e-3
+    importing.import_model(tmp_path / "out", tmp_path / "back", check=VALUES)
+    got = arrays.flatten(reading.restore_params(tmp_path / "back")[1])
+    assert all(np.array_equal(leaf, got[path]) for path, leaf in arrays.flatten(halved).items())
+
+
+def test_what_is_sparse_and_in_few_bits_too(pruned, tmp_path):
+    folder, _, stored = pruned
+    found = exporting.export(
+        folder / "both", tmp_path / "out", format="gguf", options=Options(quantization="f32"), check=VALUES
+    )
+    assert "of 14 tensors in few bits 14 read back equal to the bit" in found.values
+    got, kinds = written(tmp_path / "out" / "model.gguf")
+    assert kinds["Q8_0"] == 14 and all(np.array_equal(leaf, got[path]) for path, leaf in floats_of(stored).items())
