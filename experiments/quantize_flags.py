@@ -58,7 +58,6 @@ def rules(model: ModelConfig) -> QuantConfig:
 
     kv_cache = model.kv_cache if _KV_CACHE.value is None else quant_spec.cache_format(_KV_CACHE.value)
     if _WEIGHTS.value == "none":
-        _check_cache_alone()
         return QuantConfig(kv_cache=kv_cache)
     dtype: Any = _EMBEDDINGS.value
     embeddings = None if dtype == "none" else quant_spec.weight_format(dtype)
@@ -79,15 +78,13 @@ def _weights() -> WeightFormat:
 
 
 def _check_cache_alone() -> None:
-    given = {"group_size": _GROUP_SIZE, "codes": _CODES, "leave": _LEAVE, "method": _METHOD}
-    idle = [name for name, flag in given.items() if flag.value is not None]
-    idle += [
-        name for name, flag in (("activations", _ACTIVATIONS), ("embeddings", _EMBEDDINGS)) if flag.value != "none"
-    ]
-    if idle:
-        raise ValueError(f"--weights=none leaves kernels as they are, and --{idle[0]} has no effect; leave it out")
+    holders = (_METHOD, _GROUP_SIZE, _CODES, _ACTIVATIONS, _EMBEDDINGS, _LEAVE, _SCALING, _ALPHA, _ORDER, _SCALES)
+    given = [f"--{flag.name}" for flag in (*holders, _DAMPING, _SEQUENCE, _CLIP_NORMS) if flag.present]
+    if given:
+        raise ValueError(f"--weights=none leaves kernels as they are; leave out {', '.join(given)}")
     if _KV_CACHE.value is None:
         raise ValueError("nothing to do: --weights=none, and no --kv_cache")
+    calibration_flags.check("--weights=none", needed=False)
 
 
 def method() -> Method:
@@ -98,10 +95,12 @@ def method() -> Method:
     """
     from gptjax.compress import quantize
 
-    if _METHOD.value is None and _WEIGHTS.value != "none":
+    if _WEIGHTS.value == "none":
+        _check_cache_alone()
+        return quantize.METHODS["rtn"]
+    if _METHOD.value is None:
         raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
-    name = _METHOD.value or "rtn"
-    base = quantize.METHODS[name]
+    base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
     given = {"scaling": scaling, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
@@ -111,9 +110,9 @@ def method() -> Method:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
     unread = [] if found.rounding == "gptq" else list(rounding)
     if not found.is_calibrated:
-        unused = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
-        unread += [name for name, value in unused.items() if value is not None]
+        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+        unread += [name for name, value in names.items() if value is not None]
     if unread:
-        raise ValueError(f"--method={name} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
-    calibration_flags.check(f"--method={name}", needed=found.is_calibrated)
+        raise ValueError(f"--method={_METHOD.value} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")
+    calibration_flags.check(f"--method={_METHOD.value}", needed=found.is_calibrated)
     return found
