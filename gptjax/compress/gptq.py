@@ -38,16 +38,13 @@ class GPTQ:
       order: in which inputs are rounded. `none`: as they are; `activation`: large ones first, with the scales of the
         kernel as it was; `group`: groups of large ones first, and large ones first in them, so that a group's scale is
         that of its values when they are reached.
-      scales: of a group: `reach` its largest value, `search` for those of least error, or `refit` them in the end too,
-        to be the best for the codes that were found (`scales.refitted`).
+      scales: of a group: `reach` its largest value, or `search` for those of least error.
       damping: part of the mean diagonal of the Hessian that is added to it.
-      sweeps: of coordinate descent over the codes in the end.
     """
 
     order: Literal["none", "activation", "group"] = "group"
-    scales: Literal["reach", "search", "refit"] = "search"
+    scales: Literal["reach", "search"] = "search"
     damping: float = 0.01
-    sweeps: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.damping < 1.0:
@@ -134,64 +131,7 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     codes_IO = jnp.zeros(rows_OI.T.shape, _code_dtype(format))
     state = (rows_OI.T[order_I], codes_IO, *static)
     _, codes_IO, scale_OG, zero_OG = jax.lax.fori_loop(0, num_inputs // block, round_block, state)
-    if config.sweeps:
-        damped_II = hessian_II + damping * jnp.diagonal(hessian_II).mean() * jnp.eye(num_inputs)
-        codes_IO = _descended(rows_OI.T, codes_IO, scale_OG, zero_OG, damped_II, order_I, config.sweeps, format)
-    if config.scales == "refit":
-        scale_OG = scales.refitted(rows_OI, codes_IO.T, scale_OG, zero_OG, hessian_II, format=format)
     return Rounded(codes_IO.T, scale_OG, zero_OG, damping)
-
-
-def _descended(
-    rows_IO: Array,
-    codes_IO: Array,
-    scale_OG: Array,
-    zero_OG: Array | None,
-    hessian_II: Array,
-    order_I: Array,
-    sweeps: int,
-    format: WeightFormat,
-) -> Array:
-    """Codes after coordinate descent: each input's codes in turn are the best for all others as they are.
-
-    Where `g = (w - q) H`, the best value of input j is `q_j + g_j / H_jj`, and rounding it is rounding the error.
-    """
-    num_inputs, num_outputs = rows_IO.shape
-    each = dataclasses.replace(format, group_size=None)
-    size = format.group_size or num_inputs
-    scale_GO, zero_GO = scale_OG.T, None if zero_OG is None else zero_OG.T
-    block = _divisor(num_inputs)
-
-    def decoded(codes_MO: Array, inputs_M: Array) -> Array:
-        zero = None if zero_GO is None else zero_GO[inputs_M // size][..., None]
-        return quantized.decode(codes_MO[..., None], scale_GO[inputs_M // size][..., None], zero, each)[..., 0]
-
-    def sweep_block(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        codes_IO, gradient_IO = state
-        inputs_B = jax.lax.dynamic_slice_in_dim(order_I, index % (num_inputs // block) * block, block)
-        hessian_BI = hessian_II[inputs_B]
-        hessian_BB = hessian_BI[:, inputs_B]
-        before_BO = decoded(codes_IO[inputs_B], inputs_B)
-        kept_BO = rows_IO[inputs_B] != 0
-
-        def one(b: Array, inner: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            codes_BO, values_BO, gradient_BO = inner
-            group = inputs_B[b] // size
-            zero = None if zero_GO is None else zero_GO[group][:, None]
-            best = jnp.where(kept_BO[b], values_BO[b] + gradient_BO[b] / hessian_BB[b, b], 0.0)
-            codes = quantized.encode(best[:, None], scale_GO[group][:, None], zero, each)
-            values = quantized.decode(codes, scale_GO[group][:, None], zero, each)[:, 0]
-            gradient_BO = gradient_BO - hessian_BB[:, b, None] * (values - values_BO[b])
-            return codes_BO.at[b].set(codes[:, 0]), values_BO.at[b].set(values), gradient_BO
-
-        start = (codes_IO[inputs_B], before_BO, gradient_IO[inputs_B])
-        codes_BO, values_BO, _ = jax.lax.fori_loop(0, block, one, start)
-        gradient_IO = gradient_IO - jnp.matmul(hessian_BI.T, values_BO - before_BO, precision="highest")
-        return codes_IO.at[inputs_B].set(codes_BO), gradient_IO
-
-    error_IO = rows_IO - decoded(codes_IO, jnp.arange(num_inputs))
-    state = (codes_IO, jnp.matmul(hessian_II, error_IO, precision="highest"))
-    return jax.lax.fori_loop(0, sweeps * (num_inputs // block), sweep_block, state)[0]
 
 
 def _round_inputs(

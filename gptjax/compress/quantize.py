@@ -39,6 +39,14 @@ class Method:
     clip_norms: float | None = None
     propagate: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.propagate <= 1.0:
+            raise ValueError(f"propagate={self.propagate}: expected 0 to 1")
+        if self.propagate and self.sequence == "none":
+            raise ValueError(
+                "propagate makes errors of the kernels before good, and sequence=none looks at none of them"
+            )
+
     @property
     def is_calibrated(self) -> bool:
         return self.rounding != "nearest" or self.scaling != "none"
@@ -48,7 +56,7 @@ METHODS = {
     "rtn": Method(rounding="nearest"),
     "smoothquant": Method(rounding="nearest", scaling="smoothquant"),
     "awq": Method(rounding="clip", scaling="awq"),
-    "gptq": Method(rounding="gptq"),
+    "gptq": Method(rounding="gptq", propagate=0.5),
 }
 
 

@@ -79,34 +79,6 @@ def by_hessian(hessian_II: Array, format: WeightFormat) -> Cost:
     return cost
 
 
-def refitted(
-    rows_OI: Array, codes_OI: Array, scale_OG: Array, zero_OG: Array | None, hessian_II: Array, *, format: WeightFormat
-) -> Array:
-    """The scales of least squared error of the outputs for codes as they are.
-
-    With `d_g` the values of group g in steps and 0 elsewhere, `w - sum_g s_g d_g` is least under H where
-
-        A s = b,    A_gh = d_g H d_h',    b_g = d_g H w'.
-    """
-    num_groups = scale_OG.shape[1]
-    steps_OI = quantized.decode(codes_OI, jnp.ones_like(scale_OG), zero_OG, format)
-    own_GI = jnp.repeat(jnp.eye(num_groups), rows_OI.shape[1] // num_groups, axis=1)
-
-    def row_of_a(own_I: Array) -> Array:
-        product = jnp.matmul(steps_OI * own_I, hessian_II, precision="highest")
-        return _grouped(product * steps_OI, format).sum(-1)
-
-    a_OGG = jnp.moveaxis(jax.lax.map(row_of_a, own_GI), 0, 1)
-    b_OG = _grouped(jnp.matmul(rows_OI, hessian_II, precision="highest") * steps_OI, format).sum(-1)
-    old = scale_OG.astype(jnp.float32)
-    diagonal = jnp.diagonal(a_OGG, axis1=1, axis2=2)
-    # Held to what they were by a thousandth, so that a group without values or inputs stays.
-    ridge_OG = 1e-3 * diagonal + 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-20
-    a_OGG = a_OGG + ridge_OG[..., None] * jnp.eye(num_groups)
-    new = jnp.linalg.solve(a_OGG, (b_OG + ridge_OG * old)[..., None])[..., 0]
-    return quantized.stored_scale(jnp.where(jnp.isfinite(new), new, old), format)
-
-
 def _shrunken(grouped: Array, format: WeightFormat, shrink: Array, sign: Array) -> tuple[Array, Array | None]:
     codes = 2.0**format.bits - 1
     if format.symmetric:
