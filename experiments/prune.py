@@ -48,7 +48,7 @@ def main() -> None:
     if sparsity is not None:
         prune.check(structured.changed(cfg, cut), sparsity)
     batches, facts = calibration_flags.batches(model) if looks else ([], None)
-    source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(params)}
+    source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(cfg, params)}
     done: list[str] = []
     for name, size in cut.items():
         logging.info("%s", name)

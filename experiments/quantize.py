@@ -49,7 +49,7 @@ def main() -> None:
         "method": dataclasses.asdict(method),
         "rules": [dataclasses.asdict(rule) for rule in quant.rules],
         "calibration": facts,
-        "source": {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.params)},
+        "source": {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.config, model.params)},
     }
     saving.write(destination, result.model, result.params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(result, seconds=time.perf_counter() - began)

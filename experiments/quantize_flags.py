@@ -27,14 +27,16 @@ _ACTIVATIONS = flags.DEFINE_enum("activations", "none", ["none", "int8", "fp8"],
 _EMBEDDINGS = flags.DEFINE_enum("embeddings", "none", ["none", "int8", "fp8_e4m3"], "Of the token table and the head.")
 _LEAVE = flags.DEFINE_string("leave", None, "Regular expression of the paths of kernels that stay as they are.")
 _SCALING = flags.DEFINE_enum("scaling", None, ["none", "awq", "smoothquant"], "Of inputs; by the method unless told.")
-_ALPHA = flags.DEFINE_float("alpha", None, "SmoothQuant: the part of the inputs' range that kernels take over.")
 _ORDER = flags.DEFINE_enum("order", None, ["none", "activation", "group"], "GPTQ: inputs in the order of their size.")
 _SCALES = flags.DEFINE_enum(
-    "scales", None, ["reach", "search", "refit"], "GPTQ: that reach the largest value, are searched, or refitted too."
+    "scales", None, ["reach", "search"], "GPTQ: that reach the largest value, or are searched for."
 )
 _DAMPING = flags.DEFINE_float("damping", None, "GPTQ: part of the Hessian's mean diagonal added to it.")
 _SEQUENCE = flags.DEFINE_enum(
     "sequence", None, ["stage", "layer", "none"], "Errors made good: of all before, of layers before, nobody's."
+)
+_PROPAGATE = flags.DEFINE_float(
+    "propagate", None, "Part of what a kernel's inputs lost before it that it makes good, 0 to 1."
 )
 _CLIP_NORMS = flags.DEFINE_float("clip_norms", None, "Calibration tokens count as at most so many median norms.")
 
@@ -74,16 +76,16 @@ def method() -> Method:
 
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
-    given = {"scaling": scaling, "alpha": _ALPHA.value, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+    given = {"scaling": scaling, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+    given["propagate"] = _PROPAGATE.value
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
     rounding = {name: value for name, value in rounding.items() if value is not None}
     found = dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
     if rounding:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
     unread = [] if found.rounding == "gptq" else list(rounding)
-    unread += ["alpha"] if scaling != "smoothquant" and _ALPHA.value is not None else []
     if not found.is_calibrated:
-        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value, "propagate": _PROPAGATE.value}
         unread += [name for name, value in names.items() if value is not None]
     if unread:
         raise ValueError(f"--method={_METHOD.value} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")

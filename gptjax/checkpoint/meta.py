@@ -69,10 +69,14 @@ def make(
     )
 
 
-def params_hash(meta: Meta) -> str:
-    """Tells a checkpoint's parameters apart from all others: SHA-256 of their checksums and the model, as hex."""
-    params = {name: value for name, value in meta.checksums.items() if name.startswith("params/")}
-    content = json.dumps([params, config.to_dict(meta.model)], sort_keys=True)
+def params_hash(model: ModelConfig, checksums: Mapping[str, int]) -> str:
+    """Tells a model's parameters apart from all others: SHA-256 of their checksums and the model, as hex.
+
+    Args:
+      checksums: as `Meta` has them; those of other items do not count.
+    """
+    params = {name: value for name, value in checksums.items() if name.startswith("params/")}
+    content = json.dumps([params, config.to_dict(model)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -40,6 +40,8 @@ _STAGES = (
 
 # Of one branch of a layer: what is before them need not be computed again once their inputs are known.
 _ENDS = ("attention/out/kernel", "mlp/down/kernel", "moe/shared/down/kernel")
+# Rows of a batch that are kept, at most.
+_SAMPLE = 64
 # Smaller products are no faster for being half of one.
 _LEAST_HALF = 256
 
@@ -54,13 +56,17 @@ class Inputs:
       count: number of rows.
       drift: `sum (x0 - x) x'`, `[I, I]`, x0 being the inputs in the model as it was; None where they were not asked
         for, and for experts, whose rows are others.
+      sample_SI: some of the rows, evenly taken.
+      expert_S: of which expert each of them is; one more than there are for none. None where there is one kernel.
     """
 
     hessian: Array
     abs_sum: Array
     abs_max: Array
     count: Array
+    sample_SI: Array
     drift: Array | None = None
+    expert_S: Array | None = None
 
 
 class Site(NamedTuple):
@@ -157,12 +163,14 @@ class _Walker(NamedTuple):
     def layer(
         self, prefix: str, block: BlockConfig, weights: Params, xs: list[_Hidden], layer: int
     ) -> tuple[Params, list[_Hidden]]:
+        where = f"{prefix}, layer {layer}"
         if self.prepare is not None:
-            weights = self.prepare(block, weights, self.inputs(block, _kernels(weights), (weights, weights), xs))
+            found = self.inputs(where, block, _kernels(weights), (weights, weights), xs)
+            weights = self.prepare(block, weights, found)
         before = weights
         known: list[_Known] = [({}, {}) for _ in xs]
         for stage in _stages(weights) if self.sequence == "stage" else [_kernels(weights)]:
-            found = self.inputs(block, stage, (weights, before), xs, known)
+            found = self.inputs(where, block, stage, (weights, before), xs, known)
             for path in stage:
                 site = Site(f"{prefix}/{path}", layer, self.layout(f"{prefix}/{path}"))
                 weights = replaced(weights, path, self.treat(site, at(weights, path), found[path]))
@@ -175,21 +183,19 @@ class _Walker(NamedTuple):
         self, name: str, group: LayerGroup, weights: Params, xs: list[_Hidden], layer: int
     ) -> tuple[Params, list[_Hidden]]:
         """Layers with one set of weights: a kernel's inputs are those of all its uses, before any is treated."""
-        found: dict[str, Inputs] = {}
-        states = xs
-        for _ in range(group.repeats):
-            for j, block in enumerate(group.pattern):
-                own = weights[f"block_{j}"]
-                for path, inputs in self.inputs(block, _kernels(own), (own, own), states).items():
-                    key = f"block_{j}/{path}"
-                    found[key] = _add(found[key], inputs) if key in found else inputs
-                states = self.passed(block, (own, own), states)
+        found, states = self.uses(name, group, weights, xs)
         if self.prepare is not None:
-            raise ValueError(f"{name}: layers that share weights cannot be prepared; choose a method without scaling")
+            weights = {
+                f"block_{j}": self.prepare(block, weights[f"block_{j}"], found[f"block_{j}"])
+                for j, block in enumerate(group.pattern)
+            }
+            found, states = self.uses(name, group, weights, xs)
         treated = weights
-        for path, inputs in found.items():
-            site = Site(f"{name}/{path}", layer + int(path[6 : path.index("/")]), self.layout(f"{name}/{path}"))
-            treated = replaced(treated, path, self.treat(site, at(treated, path), inputs))
+        for j in range(len(group.pattern)):
+            for path, inputs in found[f"block_{j}"].items():
+                own = f"block_{j}/{path}"
+                site = Site(f"{name}/{own}", layer + j, self.layout(f"{name}/{own}"))
+                treated = replaced(treated, own, self.treat(site, at(treated, own), inputs))
         if self.sequence == "none":
             return treated, states
         for _ in range(group.repeats):
@@ -197,8 +203,23 @@ class _Walker(NamedTuple):
                 xs = self.passed(block, (treated[f"block_{j}"], weights[f"block_{j}"]), xs)
         return treated, xs
 
+    def uses(
+        self, name: str, group: LayerGroup, weights: Params, xs: list[_Hidden]
+    ) -> tuple[dict[str, dict[str, Inputs]], list[_Hidden]]:
+        """What the kernels of each block of a shared group see, and the hidden states after it."""
+        found: dict[str, dict[str, Inputs]] = {}
+        for _ in range(group.repeats):
+            for j, block in enumerate(group.pattern):
+                own = weights[f"block_{j}"]
+                seen = self.inputs(f"{name}/block_{j}", block, _kernels(own), (own, own), xs)
+                before = found.get(f"block_{j}")
+                found[f"block_{j}"] = seen if before is None else _added(before, seen)
+                xs = self.passed(block, (own, own), xs)
+        return found, xs
+
     def inputs(
         self,
+        where: str,
         block: BlockConfig,
         paths: Sequence[str],
         weights: tuple[Params, Params],
@@ -211,13 +232,14 @@ class _Walker(NamedTuple):
             found, ends = _look(
                 self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i], self.clip
             )
-            total = found if total is None else jax.tree.map(_add, total, found, is_leaf=_is_inputs)
+            total = found if total is None else _added(total, found)
             if known is not None:
                 known[i] = tuple(old | new for old, new in zip(known[i], ends, strict=True))  # type: ignore[assignment]
         assert total is not None, "calibration has rows"
-        for path, inputs in total.items():
-            if not bool(jnp.isfinite(inputs.hessian).all()):
-                raise ValueError(f"{path}: the calibration text gives inputs that are not finite numbers")
+        finite = jax.device_get({path: jnp.isfinite(inputs.hessian).all() for path, inputs in total.items()})
+        for path, is_finite in finite.items():
+            if not is_finite:
+                raise ValueError(f"{where}: the calibration text gives {path} inputs that are not finite numbers")
         return total
 
     def passed(
@@ -302,7 +324,8 @@ def _summary(seen: Seen, wanted: Seen | None, clip: float | None) -> Inputs:
     drift = None
     if wanted is not None:
         drift = _product(wanted.rows_MI.astype(jnp.float32) * weight_M1 - x_MI, x_MI)
-    return Inputs(_gram(x_MI), size.sum(0), size.max(0), jnp.asarray(x_MI.shape[0], jnp.float32), drift)
+    count = jnp.asarray(x_MI.shape[0], jnp.float32)
+    return Inputs(_gram(x_MI), size.sum(0), size.max(0), count, x_MI[:: _stride(x_MI)], drift)
 
 
 def _gram(x_MI: Array) -> Array:
@@ -329,16 +352,25 @@ def _summary_by_expert(x_MI: Array, size_MI: Array, groups: Groups) -> Inputs:
     expert_M = jnp.where(member_ME.any(1), member_ME.argmax(1), num_experts)
     total = jax.ops.segment_sum(size_MI, expert_M, num_experts + 1)[:-1]
     largest = jax.ops.segment_max(size_MI, expert_M, num_experts + 1)[:-1]
-    return Inputs(hessian, total, jnp.maximum(largest, 0.0), groups.sizes_E.astype(jnp.float32))
+    count, stride = groups.sizes_E.astype(jnp.float32), _stride(x_MI)
+    return Inputs(hessian, total, jnp.maximum(largest, 0.0), count, x_MI[::stride], None, expert_M[::stride])
+
+
+def _stride(x_MI: Array) -> int:
+    return -(-x_MI.shape[0] // _SAMPLE) | 1  # odd: rows of text are seldom, and positions are to be of all kinds
 
 
 @jax.jit
-def _add(a: Inputs, b: Inputs) -> Inputs:
-    return jax.tree.map(operator.add, a, b).replace(abs_max=jnp.maximum(a.abs_max, b.abs_max))
+def _added(a: dict[str, Inputs], b: dict[str, Inputs]) -> dict[str, Inputs]:
+    def added(path: tuple, x: Array, y: Array) -> Array:
+        match path[-1].name:
+            case "abs_max":
+                return jnp.maximum(x, y)
+            case "sample_SI" | "expert_S":
+                return jnp.concatenate([x, y])
+        return x + y
 
-
-def _is_inputs(leaf: Any) -> bool:
-    return isinstance(leaf, Inputs)
+    return jax.tree_util.tree_map_with_path(added, a, b)
 
 
 def _kernels(weights: Params) -> list[str]:

@@ -171,7 +171,7 @@ def open_teacher(path: str, student: ModelConfig, tokenizer: Tokenizer, *, seq_l
             f"distill.teacher={path}: reads at most {meta.model.seq_len} tokens; expected the student's "
             f"model.seq_len={seq_len} not to be above that"
         )
-    return Teacher(found, meta.model, meta_lib.params_hash(meta))
+    return Teacher(found, meta.model, meta_lib.params_hash(meta.model, meta.checksums))
 
 
 def objective(

@@ -38,13 +38,12 @@ class GPTQ:
       order: in which inputs are rounded. `none`: as they are; `activation`: large ones first, with the scales of the
         kernel as it was; `group`: groups of large ones first, and large ones first in them, so that a group's scale is
         that of its values when they are reached.
-      scales: of a group: `reach` its largest value, `search` for those of least error, or `refit` them in the end too,
-        to be the best for the codes that were found (`scales.refitted`).
+      scales: of a group: `reach` its largest value, or `search` for those of least error.
       damping: part of the mean diagonal of the Hessian that is added to it.
     """
 
     order: Literal["none", "activation", "group"] = "group"
-    scales: Literal["reach", "search", "refit"] = "search"
+    scales: Literal["reach", "search"] = "search"
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -132,8 +131,6 @@ def _round_rows(rows_OI: Array, hessian_II: Array, *, format: WeightFormat, conf
     codes_IO = jnp.zeros(rows_OI.T.shape, _code_dtype(format))
     state = (rows_OI.T[order_I], codes_IO, *static)
     _, codes_IO, scale_OG, zero_OG = jax.lax.fori_loop(0, num_inputs // block, round_block, state)
-    if config.scales == "refit":
-        scale_OG = scales.refitted(rows_OI, codes_IO.T, scale_OG, zero_OG, hessian_II, format=format)
     return Rounded(codes_IO.T, scale_OG, zero_OG, damping)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.compress import awq, calibrate, gptq, smooth
+from gptjax.compress import calibrate, gptq, scales, scaling
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
@@ -31,18 +31,24 @@ class Method:
     Attributes:
       rounding: `nearest`; `clip`, to nearest with groups' ranges searched for; `gptq`.
       scaling: of inputs, before kernels are rounded.
-      alpha: of SmoothQuant.
       clip_norms: see `calibrate.walk`.
       propagate: how far a kernel also makes good what its inputs lost before it, 0 to 1; see `gptq.aimed`.
     """
 
     rounding: Literal["nearest", "clip", "gptq"]
-    scaling: Literal["none", "smoothquant", "awq"] = "none"
-    alpha: float = 0.5
+    scaling: Literal["none", "awq", "smoothquant"] = "none"
     gptq: GPTQ = GPTQ()
     sequence: calibrate.Sequence_ = "stage"
     clip_norms: float | None = None
     propagate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.propagate <= 1.0:
+            raise ValueError(f"propagate={self.propagate}: expected 0 to 1")
+        if self.propagate and self.sequence == "none":
+            raise ValueError(
+                "propagate makes errors of the kernels before good, and sequence=none looks at none of them"
+            )
 
     @property
     def is_calibrated(self) -> bool:
@@ -53,7 +59,7 @@ METHODS = {
     "rtn": Method(rounding="nearest"),
     "smoothquant": Method(rounding="nearest", scaling="smoothquant"),
     "awq": Method(rounding="clip", scaling="awq"),
-    "gptq": Method(rounding="gptq"),
+    "gptq": Method(rounding="gptq", propagate=0.5),
 }
 
 
@@ -120,8 +126,6 @@ def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
     shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
     if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
-    if method.scaling != "none" and any(group.shared for group in cfg.groups):
-        raise ValueError(f"scaling={method.scaling}: layers that share weights cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
         raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
 
@@ -187,15 +191,16 @@ class _Treated(NamedTuple):
         format, method = rule.weights, self.method
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
-        flat, hessian = calibrate.on_each_device((rows.reshape(*lead, -1, rows.shape[-1]), inputs.hessian))
-        if method.propagate and inputs.drift is not None:
-            flat = gptq.aimed(flat, hessian, inputs.drift, strength=method.propagate, damping=method.gptq.damping)
+        flat = rows.reshape(*lead, -1, rows.shape[-1])
+        flat, hessian, drift = calibrate.on_each_device((flat, inputs.hessian, inputs.drift))
+        if drift is not None:
+            flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
             codes, scale, zero, damping = gptq.round_rows(flat, hessian, format=format, config=method.gptq)
             self._note_damping(site, float(damping.max()))
         else:
             if method.rounding == "clip":
-                scale, zero = awq.clipped_scales(flat, hessian, format=format)
+                scale, zero = scales.clipped(flat, hessian, format=format)
             else:
                 scale, zero = quantized.group_scale(flat, format)
             codes = quantized.encode(flat, scale, zero, format)
@@ -223,9 +228,7 @@ class _Treated(NamedTuple):
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
     if method.scaling == "none":
         return None
-    if method.scaling == "smoothquant":
-        return smooth.prepare(alpha=method.alpha)
-    return awq.prepare(next(rule.weights for rule in quant.rules if rule.weights is not None))
+    return scaling.prepare(next(rule for rule in quant.rules if rule.weights is not None), method.scaling)
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -233,8 +236,8 @@ def _relative_error(
     rows: Array, codes: Array, scale: Array, zero: Array | None, hessian: Array, format: WeightFormat
 ) -> Array:
     error = quantized.decode(codes, scale, zero, format) - rows
-    total = awq.output_error(rows, hessian).sum()
-    return awq.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
+    total = scaling.output_error(rows, hessian).sum()
+    return scaling.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
 
 
 def _check_finite(params: Params) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -21,10 +19,9 @@ from gptjax.nn.config import ModelConfig
 from gptjax.types import Params
 
 
-def fingerprint(params: Params) -> str:
-    """SHA-256 of the checksums of all parameters: the same for the same values."""
-    sums = {path: int(value) for path, value in arrays.checksums(arrays.flatten(params)).items()}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+def fingerprint(cfg: ModelConfig, params: Params) -> str:
+    """`meta.params_hash` of the checkpoint that these would be."""
+    return meta_lib.params_hash(cfg, arrays.checksums(arrays.flatten({"params": params})))
 
 
 def check_free(destination: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -47,6 +48,19 @@ def searched(
     return scale, zero
 
 
+@functools.partial(jax.jit, static_argnames="format")
+def clipped(rows: Array, hessian: Array, *, format: WeightFormat) -> tuple[Array, Array | None]:
+    """Scales of rows `[*lead, outputs, inputs]` that cut off what pays, by the error of each group's own outputs."""
+
+    def of_one(rows_OI: Array, hessian_II: Array) -> tuple[Array, Array | None]:
+        return searched(rows_OI, format, by_hessian(hessian_II, format))
+
+    fn = of_one
+    for _ in range(hessian.ndim - 2):
+        fn = jax.vmap(fn)
+    return fn(rows, hessian)
+
+
 def weighted(weight_I: Array, format: WeightFormat) -> Cost:
     """`sum_j weight_j error_j ** 2` of each group."""
     return lambda error_OI: _grouped(jnp.square(error_OI) * weight_I, format).sum(-1)
@@ -63,34 +77,6 @@ def by_hessian(hessian_II: Array, format: WeightFormat) -> Cost:
         return jnp.einsum("ogi,gij,ogj->og", error_OGI, blocks_GIJ, error_OGI, precision="highest")
 
     return cost
-
-
-def refitted(
-    rows_OI: Array, codes_OI: Array, scale_OG: Array, zero_OG: Array | None, hessian_II: Array, *, format: WeightFormat
-) -> Array:
-    """The scales of least squared error of the outputs for codes as they are.
-
-    With `d_g` the values of group g in steps and 0 elsewhere, `w - sum_g s_g d_g` is least under H where
-
-        A s = b,    A_gh = d_g H d_h',    b_g = d_g H w'.
-    """
-    num_groups = scale_OG.shape[1]
-    steps_OI = quantized.decode(codes_OI, jnp.ones_like(scale_OG), zero_OG, format)
-    own_GI = jnp.repeat(jnp.eye(num_groups), rows_OI.shape[1] // num_groups, axis=1)
-
-    def row_of_a(own_I: Array) -> Array:
-        product = jnp.matmul(steps_OI * own_I, hessian_II, precision="highest")
-        return _grouped(product * steps_OI, format).sum(-1)
-
-    a_OGG = jnp.moveaxis(jax.lax.map(row_of_a, own_GI), 0, 1)
-    b_OG = _grouped(jnp.matmul(rows_OI, hessian_II, precision="highest") * steps_OI, format).sum(-1)
-    old = scale_OG.astype(jnp.float32)
-    diagonal = jnp.diagonal(a_OGG, axis1=1, axis2=2)
-    # Held to what they were by a thousandth, so that a group without values or inputs stays.
-    ridge_OG = 1e-3 * diagonal + 1e-6 * diagonal.mean(-1, keepdims=True) + 1e-20
-    a_OGG = a_OGG + ridge_OG[..., None] * jnp.eye(num_groups)
-    new = jnp.linalg.solve(a_OGG, (b_OG + ridge_OG * old)[..., None])[..., 0]
-    return quantized.stored_scale(jnp.where(jnp.isfinite(new), new, old), format)
 
 
 def _shrunken(grouped: Array, format: WeightFormat, shrink: Array, sign: Array) -> tuple[Array, Array | None]:

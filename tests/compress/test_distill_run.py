@@ -56,7 +56,8 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     )
     assert meta.run == config_lib.to_dict(cfg)
     (stage,) = meta.lineage
-    assert stage["stage"] == "distill" and stage["teacher"] == meta_lib.params_hash(read_meta(teacher / "ckpt" / "6"))
+    taught = read_meta(teacher / "ckpt" / "6")
+    assert stage["stage"] == "distill" and stage["teacher"] == meta_lib.params_hash(taught.model, taught.checksums)
     assert (stage["loss"], stage["temperature"], stage["weight"]) == ("forward_kl", 2.0, 0.5)
     files = [p for p in (tmp_path / "ckpt" / "6").rglob("*") if matching.NAME in str(p)]
     assert all("params" not in p.relative_to(tmp_path / "ckpt" / "6").parts[:1] for p in files)

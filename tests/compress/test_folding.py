@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.compress import awq, calibrate, folding, smooth
+from gptjax.compress import calibrate, folding, scaling
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
 from tests.compress.test_calibrate import batches
 from tests.nn import zoo
 from tests.tiny import random_params
@@ -60,23 +60,60 @@ def test_folded_factors_change_nothing(name):
         assert {"moe/experts_up", "moe/shared/up"} <= seen
 
 
-def test_smoothing_is_the_papers_formula():
-    cfg = zoo.build("dense")
-    params, text = random_params(cfg), batches(cfg)
-    found = {}
+def looked_at(cfg, params, text, place_of):
+    """A layer's weights, one of its places, and the inputs there."""
+    found = []
 
     def prepare(block, weights, inputs):
-        if not found:
-            place = folding.folds(block)[2]
-            assert place.maker == "mlp_norm"
-            found["factor"] = smooth.factor(weights, place, inputs, alpha=0.3)
-            x = np.asarray(inputs["mlp/up/kernel"].abs_max)
-            kernels = [np.asarray(weights["mlp"][name]["kernel"]) for name in ("gate", "up")]
-            found["wanted"] = x**0.3 / np.abs(np.concatenate(kernels, 1)).max(1) ** 0.7
+        found.append((weights, place_of(folding.folds(block)), inputs))
         return weights
 
     calibrate.walk(cfg, params, text, keep, prepare=prepare)
-    np.testing.assert_allclose(found["factor"], found["wanted"], rtol=1e-5)
+    return found[0]
+
+
+def test_candidates_are_the_papers_formulas():
+    cfg = zoo.build("dense")
+    weights, place, inputs = looked_at(cfg, random_params(cfg), batches(cfg), lambda places: places[2])
+    assert place.maker == "mlp_norm"
+    seen = inputs["mlp/up/kernel"]
+    x, mean = np.asarray(seen.abs_max), np.asarray(seen.abs_sum / seen.count)
+    w = np.abs(np.concatenate([np.asarray(weights["mlp"][name]["kernel"]) for name in ("gate", "up")], 1)).max(1)
+    for family, wanted in [("smoothquant", x**0.3 / w**0.7), ("awq", mean**0.3)]:
+        found = np.asarray(scaling.candidates(weights, place, inputs, family=family))
+        assert np.all(found[0] == 1) and len(found) == 1 + len(scaling.ALPHAS)
+        np.testing.assert_allclose(found[4] / found[4][0], wanted / wanted[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_smoothing_lowers_what_rounding_inputs_really_costs(name):
+    cfg = zoo.build(name, d_model=32)
+    uneven = np.exp(np.random.default_rng(1).normal(size=32) * 1.5).astype(np.float32)
+    params = random_params(cfg)
+    params["group_0"]["block_0"]["mlp_norm"]["scale"] *= uneven
+    text = batches(cfg, num=4, rows=4, length=16)
+    wanted = hidden(cfg, params, text[0])
+
+    def error(params):
+        quant = QuantConfig(rules=(KernelRule(pattern="^group_", activations="int8"),), stage="train")
+        return np.square(hidden(dataclasses.replace(cfg, quant=quant), params, text[0]) - wanted).mean()
+
+    rule = KernelRule(pattern=".", weights=WeightFormat(dtype="int8"), activations="int8")
+    done = calibrate.walk(cfg, params, text, keep, prepare=scaling.prepare(rule, "smoothquant"))
+    assert error(done) < 0.8 * error(params)
+
+
+def test_the_cost_of_rounded_inputs_is_that_of_rounding_them():
+    cfg = zoo.build("dense", d_ff=64)
+    text = batches(cfg, num=4, rows=8, length=16)
+    weights, place, inputs = looked_at(cfg, random_params(cfg), text, lambda places: places[3])
+    seen = inputs["mlp/down/kernel"]
+    x, t = np.asarray(seen.sample_SI), np.exp(np.random.default_rng(0).normal(size=64) * 0.3).astype(np.float32)
+    rows = np.asarray(folding.rows(weights, "mlp/down", 64))
+    step = np.abs(x / t).max(1, keepdims=True) / 127
+    error = (np.round(x / t / step) * step - x / t) @ (rows * t).T
+    wanted = np.square(error).sum() * float(seen.count) / len(x)
+    assert float(scaling._inputs_cost(rows, seen, t)) == pytest.approx(wanted, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "mla"])
@@ -96,7 +133,7 @@ def test_awq_never_loses_to_rounding_and_chooses_the_least_true_error(name):
 
     def prepare(block, weights, inputs):
         for place in folding.folds(block):
-            factor = awq.factor(weights, place, inputs, format=format)
+            factor = scaling.factor(weights, place, inputs, rule=KernelRule(pattern=".", weights=format), family="awq")
 
             def error(factor, weights=weights, place=place):
                 spread, total = place.spread(factor), 0.0

@@ -179,18 +179,14 @@ def test_damping_is_a_part_of_the_diagonal():
         GPTQ(damping=1.5)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_refitted_scales_are_the_least_squares_of_the_codes(symmetric):
-    format = WeightFormat(dtype="int3", group_size=16, symmetric=symmetric)
-    weights, hessian = problem(6)
-    found = {
-        kind: gptq.round_rows(weights, hessian, format=format, config=GPTQ(scales=kind)) for kind in ("search", "refit")
-    }
-    assert loss(weights, found["refit"], hessian, format) < loss(weights, found["search"], hessian, format)
-    middle = 4 if symmetric else np.asarray(found["refit"].zero, np.float64).repeat(16, axis=1)
-    root = np.linalg.cholesky(np.asarray(hessian, np.float64))
-    steps = np.asarray(found["refit"].codes, np.float64) - middle
-    for row in range(3):
-        columns = np.stack([np.where(np.arange(INPUTS) // 16 == g, steps[row], 0) for g in range(3)])
-        best = np.linalg.lstsq((columns @ root).T, np.asarray(weights, np.float64)[row] @ root, rcond=None)[0]
-        np.testing.assert_allclose(np.asarray(found["refit"].scale, np.float64)[row], best, rtol=0.02)
+def test_rows_aim_at_the_outputs_of_other_inputs_by_least_squares():
+    random = np.random.default_rng(9)
+    x0 = random.normal(size=(300, INPUTS))
+    x = x0 + 0.3 * random.normal(size=x0.shape)
+    weights = problem(9, pruned=0.2)[0]
+    hessian, drift = ((a.T @ x).astype(np.float32) for a in (x, x0 - x))
+    best = np.linalg.lstsq(x, x0 @ np.asarray(weights, np.float64).T, rcond=None)[0].T
+    for strength in (0.5, 1.0):
+        got = gptq.aimed(weights, jnp.asarray(hessian), jnp.asarray(drift), strength=strength, damping=1e-4)
+        wanted = np.where(np.asarray(weights) == 0, 0, weights + strength * (best - weights))
+        np.testing.assert_allclose(got, wanted, atol=2e-3)
