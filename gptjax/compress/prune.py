@@ -63,10 +63,10 @@ def prune(
         raise ValueError(f"method={method}: needs calibration text; give some, or use magnitude")
     config = SparseGPT() if config is None else config
     plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
-    weights: dict[tuple[str, int], Array] = {}
-    # Of n:m each output has its own weights, which compete with no other's.
-    if method == "sparsegpt" and config.outputs == "loss" and sparsity.group is None and cfg.causal:
-        weights = sensitivity.of_outputs(plain, params, batches, pruned_layouts(cfg))
+    found = sensitivity.Sensitivity({}, {})
+    # Of n:m each group has its own, which competes with no other's.
+    if method == "sparsegpt" and config.costs == "loss" and sparsity.group is None and cfg.causal:
+        found = sensitivity.measure(plain, params, batches, pruned_layouts(cfg), fraction=sparsity.fraction)
 
     def treat(site: Site, kernel: Array, inputs: Inputs) -> Array:
         rows = site.layout.to_rows(kernel)
@@ -74,8 +74,9 @@ def prune(
         if method == "wanda":
             pruned = by_inputs(flat, inputs, sparsity)
         else:
-            weight = weights.get((site.path, site.layer))
-            pruned = _by_hessian(*calibrate.on_each_device((flat, inputs, weight)), sparsity, config)
+            key = site.path, site.layer
+            flat, inputs, weight = calibrate.on_each_device((flat, inputs, found.outputs.get(key)))
+            pruned = _by_hessian(flat, inputs, weight, sparsity, config, found.fractions.get(key))
         return site.layout.from_rows(pruned.reshape(rows.shape))
 
     against: calibrate.Against = "original" if method == "sparsegpt" and config.aim else "none"
@@ -154,6 +155,7 @@ def _smallest_removed(kernel: Array, layout: Layout, sparsity: Sparsity) -> Arra
 
 
 def by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
+    """The rows `[*experts, outputs, inputs]` as Wanda prunes them."""
     norm = jnp.sqrt(jnp.diagonal(inputs.hessian, axis1=-2, axis2=-1))
     # An expert that the text never reached is pruned by magnitude.
     norm = jnp.where(norm.any(-1, keepdims=True), norm, 1.0)
@@ -161,7 +163,14 @@ def by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
     return jnp.where(stay, rows, 0)
 
 
-def _by_hessian(rows: Array, inputs: Inputs, weight: Array | None, sparsity: Sparsity, config: SparseGPT) -> Array:
+def _by_hessian(
+    rows: Array,
+    inputs: Inputs,
+    weight: Array | None,
+    sparsity: Sparsity,
+    config: SparseGPT,
+    fraction: float | None,
+) -> Array:
     if inputs.drift is not None:
         rows = gptq.aimed(rows, inputs.hessian, inputs.drift, strength=config.aim, damping=config.damping)
-    return sparsegpt.prune(rows, inputs.hessian, sparsity, config=config, weight=weight)
+    return sparsegpt.prune(rows, inputs.hessian, sparsity, config=config, weight=weight, fraction=fraction)
