@@ -70,6 +70,7 @@ class Attention(nn.Module):
         if cfg.rope is not None:
             table = ctx.rope_table(cfg.rope, cfg.head_dim)
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
+        q_BTNH, k_BTKH = (kv_cache.turned(x, ctx.cache_format) for x in (q_BTNH, k_BTKH))
         q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
         kv = {"keys": k_BTKH, "values": v_BTKH}
         cache, view = kv_cache.attended(

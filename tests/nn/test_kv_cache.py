@@ -98,7 +98,9 @@ def by_hand(x, bits, *, group_size, symmetric):
     return rounded.reshape(x.shape)
 
 
-@pytest.mark.parametrize(("format", "bits", "group_size"), [("int8", 8, 8), ("int4:g4:sym", 4, 4), ("int4", 4, 8)])
+@pytest.mark.parametrize(
+    ("format", "bits", "group_size"), [("int8", 8, 8), ("int4:g4:sym:plain", 4, 4), ("int4:plain", 4, 8)]
+)
 def test_what_is_stored_is_the_rounding_of_each_head_and_position(format, bits, group_size):
     cfg, params = model("dense", format)
     _, kv = cached_logits(cfg, params, MIXED)
@@ -182,6 +184,19 @@ def test_a_cache_of_another_format_is_refused():
             step(cfg, params, TOKENS_BT, POSITIONS_BT, kv)
     with mesh_lib.portable("plain"), pytest.raises(ValueError, match="programs of elementary operations keep a cache"):
         cache.init_cache(cfg, batch_size=1, max_len=4)
+
+
+def test_turning_leaves_products_as_they_are_and_spreads_what_is_large():
+    format = quant_spec.cache_format("int4")
+    q_NH, k_SH = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    k_SH[:, 3] *= 50
+    turned_q, turned_k = (cache.turned(x, format) for x in (q_NH, k_SH))
+    np.testing.assert_allclose(turned_q @ turned_k.T, q_NH @ k_SH.T, rtol=1e-4, atol=1e-3)
+    assert np.abs(turned_k).max() < 0.5 * np.abs(k_SH).max()
+    odd = zoo.build("dense", head_dim=12)
+    with pytest.raises(ValueError, match="keys: 12 values, no power of two, are not rotated; add `:plain`"):
+        quant_spec.with_cache(odd, format)
+    assert quant_spec.with_cache(odd, quant_spec.cache_format("int4:plain")).kv_cache.keys == "plain"
 
 
 def test_groups_that_do_not_divide_a_head_are_refused_by_name():
