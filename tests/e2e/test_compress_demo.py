@@ -1,0 +1,47 @@
+"""`make compress_demo` in small: after `make demo`, everything that it promises on one page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+MADE = {
+    "int8", "int4_rtn", "int4_awq", "int4_gptq", "half_magnitude", "half_wanda", "half_sparsegpt", "2of4_magnitude",
+    "2of4_wanda", "2of4_sparsegpt", "cut", "cut_distilled", "alone",
+}  # fmt: skip
+
+
+def run(module: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments, "--config=tests/e2e/tiny.py"],
+        cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": ""}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_every_way_is_on_the_page_and_nothing_is_made_twice(tmp_path):
+    text = "def f{0}(x):\n\treturn x + {0}\n\n\nclass C{0}:\n    value = {0}\n\n" * 40
+    (tmp_path / "source").mkdir()
+    for number in range(40):
+        (tmp_path / "source" / f"module_{number}.py").write_text(text.format(number))
+    run(
+        "demo", f"--workdir={tmp_path}/demo", f"--source=dir:{tmp_path}/source/*.py", "--vocab_size=400",
+        "--train_minutes=0.001",
+    )  # fmt: skip
+    flags = [f"--demo={tmp_path}/demo", f"--workdir={tmp_path}/small", "--train_minutes=0.001", "--num_tokens=1024"]
+    first = run("compress_demo", *flags)
+    found = json.loads((tmp_path / "small" / "report" / "compress.json").read_text())
+    by_name = {variant["name"]: variant for variant in found["variants"]}
+    assert by_name.keys() == {"demo"} | MADE
+    assert by_name["int4_gptq"]["size"]["num_params"] == by_name["demo"]["size"]["num_params"]
+    assert by_name["cut_distilled"]["size"]["num_params"] == by_name["alone"]["size"]["num_params"]
+    assert by_name["alone"]["size"]["num_params"] < by_name["demo"]["size"]["num_params"]
+    assert "experiments.prune" in first
+
+    again = run("compress_demo", *flags)
+    assert "experiments.quantize" not in again and "experiments.prune" not in again and "compress.html" in again
