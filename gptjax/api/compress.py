@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from gptjax.api.arguments import TrainingArguments
 from gptjax.api.model import GPT4LMHeadModel
 from gptjax.api.trainer import Trainer
+from gptjax.checkpoint.meta import Meta
 from gptjax.compress import distill, prune, quantize
 from gptjax.compress import text as text_lib
 from gptjax.compress.distill import DistillConfig
@@ -173,8 +174,8 @@ def _check_pair(teacher: GPT4LMHeadModel, student: GPT4LMHeadModel) -> None:
     theirs, ours = teacher.config, student.config
     if theirs.vocab_size != ours.vocab_size:
         raise ValueError(
-            f"teacher_model: has a vocabulary of {theirs.vocab_size}, the student one of {ours.vocab_size}; expected the "
-            "same, of one tokenizer"
+            f"teacher_model: has a vocabulary of {theirs.vocab_size}, the student one of {ours.vocab_size}; "
+            "expected the same, of one tokenizer"
         )
     names = [model.tokenizer.inner.fingerprint for model in (teacher, student) if model.tokenizer is not None]
     if len(set(names)) > 1:
@@ -215,7 +216,10 @@ def _made(
 ) -> AnyModel:
     entry = entry | {"calibration": None if text is None else text.facts()}
     if isinstance(model, Model):
-        meta = None if model.meta is None else dataclasses.replace(model.meta, lineage=(*model.meta.lineage, entry))
-        return Model(cfg, params, model.tokenizer, meta, original=model)
+        return Model(cfg, params, model.tokenizer, _with_entry(model.meta, cfg, entry), original=model)
     lineage = (*model.lineage, entry)
     return GPT4LMHeadModel(cfg, params, tokenizer=model.tokenizer, lineage=lineage, original=model)
+
+
+def _with_entry(meta: Meta | None, cfg: ModelConfig, entry: dict[str, Any]) -> Meta | None:
+    return None if meta is None else dataclasses.replace(meta, model=cfg, lineage=(*meta.lineage, entry))

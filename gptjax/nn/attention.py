@@ -105,11 +105,13 @@ class Attention(nn.Module):
         return out(o_BTNH), cache, view
 
     def _placed(self, x_BTNH: Array, name: str, ctx: Context) -> Array:
-        """Queries or keys, normed and rotated."""
+        """Queries or keys, normed, rotated by position, and turned as the cache's format has them."""
         cfg = self.cfg
         if cfg.qk_norm is not None:
             x_BTNH = Norm(cfg.qk_norm, axis="head_dim", name=f"{name}_norm")(x_BTNH)
-        return x_BTNH if cfg.rope is None else rope.rotate(x_BTNH, ctx.rope_table(cfg.rope, cfg.head_dim))
+        if cfg.rope is not None:
+            x_BTNH = rope.rotate(x_BTNH, ctx.rope_table(cfg.rope, cfg.head_dim))
+        return kv_cache.turned(x_BTNH, ctx.cache_format)
 
     def _kernel(self, name: str, num_heads: int, axis: str, d_model: int) -> Kernel:
         return Kernel(

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.nn import quantized
 from gptjax.nn.config import AttentionConfig, BlockConfig, CacheFormat, ModelConfig, uses_others_kv
@@ -30,6 +31,7 @@ from gptjax.parallel.mesh import platform
 from gptjax.types import Array
 
 KVCache = Mapping[str, Any]
+_KEYS = ("keys", "rotated_keys")
 
 
 def init_cache(cfg: ModelConfig, *, batch_size: int, max_len: int, dtype: Any = None) -> KVCache:
@@ -59,7 +61,7 @@ def check(cfg: ModelConfig) -> None:
     """Whether keys and values can have the format that the model asks for.
 
     Raises:
-      ValueError: naming the entry and the size that does not divide.
+      ValueError: naming the entry and the size that does not fit.
     """
     if cfg.kv_cache is None:
         return
@@ -68,6 +70,23 @@ def check(cfg: ModelConfig) -> None:
             for name, shape in _entry_shapes(block, 1).items():
                 layout, path = Layout(shape[-1:], ()), f"kv_cache of group_{i}/block_{j}, {name}"
                 quantized.check(cfg.kv_cache.numbers(shape[-1]), layout, path=path)
+                if cfg.kv_cache.keys == "rotated" and name in _KEYS and shape[-1] & (shape[-1] - 1):
+                    raise ValueError(f"{path}: {shape[-1]} values, no power of two, are not rotated; add `:plain`")
+
+
+def turned(x: Array, format: CacheFormat | None) -> Array:
+    """Queries or keys `[..., H]` as they are multiplied with each other where keys are in this format.
+
+    `x @ A` with the orthogonal `A[i, j] = (-1) ** (number of ones in i & j) / sqrt(H)` (Sylvester 1867).
+    """
+    if format is None or format.keys == "plain":
+        return x
+    index = np.arange(x.shape[-1])
+    ones = np.array([[int(i & j).bit_count() for j in index] for i in index])
+    matrix = np.where(ones % 2, -1, 1) / np.sqrt(len(index))
+    return jnp.einsum("...h,hg->...g", x, jnp.asarray(matrix, x.dtype), preferred_element_type=jnp.float32).astype(
+        x.dtype
+    )
 
 
 def attended(

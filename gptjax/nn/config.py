@@ -270,11 +270,14 @@ class CacheFormat:
     Attributes:
       group_size: consecutive values of a head, or of a latent, that share a scale; None: all of it do.
       symmetric: as in `WeightFormat`.
+      keys: `rotated` ones, with their queries, are multiplied by a Hadamard matrix, which leaves their products as they
+        are and spreads the few dimensions in which keys are large over all (QuaRot, arXiv:2404.00456, section 4).
     """
 
     dtype: Literal["int4", "int8"]
     group_size: int | None = None
     symmetric: bool = True
+    keys: Literal["plain", "rotated"] = "plain"
 
     def numbers(self, width: int) -> WeightFormat:
         """Of heads or latents of `width` values; their scales are always of 16 bits."""

@@ -44,6 +44,7 @@ class LatentAttention(nn.Module):
         q_BTNH = self._query(x_BTD)
         q_nope, q_rope = q_BTNH[..., : cfg.nope_head_dim], rope.rotate(q_BTNH[..., cfg.nope_head_dim :], table)
         latents_BTR, key_BTH = self._latents(x_BTD, table)
+        q_rope, key_BTH = (kv_cache.turned(x, ctx.cache_format) for x in (q_rope, key_BTH))
         new = {"latents": latents_BTR, "rotated_keys": key_BTH}
         cache, view = kv_cache.attended(
             cache, new, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format

@@ -6,7 +6,7 @@
     int3:g32:asym,leave=mlp/down               but for kernels whose path has this in it, a regular expression
 
 A format is a dtype, then `g<size>` (values that share a scale) or `rows` (all of a row, or a head, do), then `sym` or
-`asym` (groups have a code for zero).
+`asym` (groups have a code for zero); of a cache's also `rotated` or `plain`, which is of its keys.
 """
 
 from __future__ import annotations
@@ -108,17 +108,22 @@ def weight_format(text: str, *, what: str = "weights") -> WeightFormat:
 def cache_format(text: str) -> CacheFormat | None:
     """The format of keys and values, such as `int8` or `int4:g32:asym`; None for `none`.
 
-    Of what is left out, all of a head shares one scale, and 8 bits are `sym`, 4 bits `asym`.
+    Of what is left out, all of a head shares one scale; 8 bits are `sym` and `plain`, 4 bits `asym` and `rotated`.
 
     Raises:
       ValueError: naming what is wrong in it.
     """
     if text == "none":
         return None
-    parts = _split(text, _CACHES, "kv_cache")
-    symmetric = parts.dtype == "int8" if parts.symmetric is None else parts.symmetric
+    own = [part for part in text.split(":") if part in ("plain", "rotated")]
+    parts = _split(":".join(part for part in text.split(":") if part not in own), _CACHES, "kv_cache")
+    if len(own) > 1:
+        raise ValueError(f"kv_cache={text}: expected at most one of plain and rotated")
+    has_8_bits = parts.dtype == "int8"
+    symmetric = has_8_bits if parts.symmetric is None else parts.symmetric
     dtype: Any = parts.dtype
-    return CacheFormat(dtype=dtype, group_size=parts.group_size or None, symmetric=symmetric)
+    keys: Any = own[0] if own else ("plain" if has_8_bits else "rotated")
+    return CacheFormat(dtype=dtype, group_size=parts.group_size or None, symmetric=symmetric, keys=keys)
 
 
 def with_cache(cfg: ModelConfig, format: CacheFormat | None) -> ModelConfig:
@@ -138,7 +143,7 @@ def said(format: CacheFormat | None) -> str:
     if format is None:
         return "none"
     size = "rows" if format.group_size is None else f"g{format.group_size}"
-    return f"{format.dtype}:{size}:{'sym' if format.symmetric else 'asym'}"
+    return f"{format.dtype}:{size}:{'sym' if format.symmetric else 'asym'}:{format.keys}"
 
 
 class _Parts(NamedTuple):

@@ -67,7 +67,7 @@ def test_the_cache_alone_is_changed_and_everything_reads_it_so(source, tmp_path)
     model, before = load(tmp_path / "cached"), load(source / "run")
     assert model.config.kv_cache == quant_spec.cache_format("int4") and before.config.kv_cache is None
     jax.tree.map(np.testing.assert_array_equal, model.params, before.params)
-    assert "keys and values, int4:rows:asym: 512 -> 112 bytes a token" in result.stdout
+    assert "keys and values, int4:rows:asym:rotated: 256 -> 56 bytes a token" in result.stdout
     tokens = np.arange(16)[None]
     assert np.abs(model.logits(tokens) - before.logits(tokens)).max() > 1e-3
     entry = read_meta(tmp_path / "cached").lineage[-1]

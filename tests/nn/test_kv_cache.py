@@ -20,6 +20,7 @@ from tests.tiny import random_params
 
 LENGTH = 12
 TOKENS_BT = np.arange(2 * LENGTH, dtype=np.int32).reshape(2, LENGTH)
+POSITIONS_BT = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
 PROMPTS = [[5, 9, 33], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [60]]
 
 
@@ -56,8 +57,13 @@ ONE_BY_ONE = [(t, t + 1) for t in range(LENGTH + 3)]
 MIXED = [(0, 6), (6, 9), *((t, t + 1) for t in range(9, LENGTH + 3))]
 
 
-@pytest.mark.parametrize("format", ["int8", "int4:g4:asym"])
-@pytest.mark.parametrize("name", ["dense", "window", "sandwich", "mla", "mla_window", "moe"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("dense", "int4"), ("window", "int8"), ("sandwich", "int4:g4:sym"), ("mla", "int8"),
+        ("mla_window", "int4:g4:asym"), ("moe", "int8"),
+    ],
+)  # fmt: skip
 def test_decoding_reads_what_the_forward_pass_reads(name, format):
     cfg, params = model(name, format)
     full = np.asarray(full_logits(cfg, params, TOKENS_BT))
@@ -92,7 +98,9 @@ def by_hand(x, bits, *, group_size, symmetric):
     return rounded.reshape(x.shape)
 
 
-@pytest.mark.parametrize(("format", "bits", "group_size"), [("int8", 8, 8), ("int4:g4:sym", 4, 4), ("int4", 4, 8)])
+@pytest.mark.parametrize(
+    ("format", "bits", "group_size"), [("int8", 8, 8), ("int4:g4:sym:plain", 4, 4), ("int4:plain", 4, 8)]
+)
 def test_what_is_stored_is_the_rounding_of_each_head_and_position(format, bits, group_size):
     cfg, params = model("dense", format)
     _, kv = cached_logits(cfg, params, MIXED)
@@ -120,21 +128,15 @@ def test_bytes_of_live_arrays_beside_bfloat16(name, format, most):
     floats = quant_spec.with_cache(cfg, None)
     assert num_bytes(cfg) <= most * num_bytes(floats, dtype=jnp.bfloat16)
     assert cost.cache_bytes_per_token(cfg) < most * cost.cache_bytes_per_token(floats, dtype=jnp.bfloat16)
-    _, kv = step(
-        cfg,
-        params,
-        TOKENS_BT,
-        np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0),
-        cache.init_cache(cfg, batch_size=2, max_len=64),
-    )
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == num_bytes(cfg)
+    if format == "int8":
+        _, kv = step(cfg, params, TOKENS_BT, POSITIONS_BT, cache.init_cache(cfg, batch_size=2, max_len=64))
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(kv)) == num_bytes(cfg)
 
 
 def test_what_is_scored_is_what_a_cache_of_that_format_is_worth():
     cfg, params = model("dense", "int4")
     targets = np.roll(TOKENS_BT, -1, 1)
-    positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
-    batch = Batch(TOKENS_BT, targets, np.ones((2, LENGTH), np.float32), np.ones((2, LENGTH), np.int32), positions)
+    batch = Batch(TOKENS_BT, targets, np.ones((2, LENGTH), np.float32), np.ones((2, LENGTH), np.int32), POSITIONS_BT)
     nll_BT, _ = perplexity.token_nll(cfg, params, batch)
     logits = jax.nn.log_softmax(cached_logits(cfg, params, ONE_BY_ONE)[0])
     np.testing.assert_allclose(
@@ -142,7 +144,7 @@ def test_what_is_scored_is_what_a_cache_of_that_format_is_worth():
     )
 
 
-@pytest.mark.parametrize("name", ["dense", "window", "mla"])
+@pytest.mark.parametrize("name", ["window", "mla"])
 def test_generation_is_the_same_alone_in_a_batch_and_on_a_mesh(name):
     cfg, params = model(name, "int8")
     config = GenerateConfig(max_new_tokens=8)
@@ -176,13 +178,25 @@ def test_gradients_pass_through_the_rounding():
 
 def test_a_cache_of_another_format_is_refused():
     cfg, params = model("dense", "int8")
-    positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
     for made_by in (None, quant_spec.cache_format("int4")):
         kv = cache.init_cache(quant_spec.with_cache(cfg, made_by), batch_size=2, max_len=LENGTH)
         with pytest.raises(ValueError, match="the cache's keys are .*, the model's WeightFormat.*int8"):
-            step(cfg, params, TOKENS_BT, positions, kv)
+            step(cfg, params, TOKENS_BT, POSITIONS_BT, kv)
     with mesh_lib.portable("plain"), pytest.raises(ValueError, match="programs of elementary operations keep a cache"):
         cache.init_cache(cfg, batch_size=1, max_len=4)
+
+
+def test_turning_leaves_products_as_they_are_and_spreads_what_is_large():
+    format = quant_spec.cache_format("int4")
+    q_NH, k_SH = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    k_SH[:, 3] *= 50
+    turned_q, turned_k = (cache.turned(x, format) for x in (q_NH, k_SH))
+    np.testing.assert_allclose(turned_q @ turned_k.T, q_NH @ k_SH.T, rtol=1e-4, atol=1e-3)
+    assert np.abs(turned_k).max() < 0.5 * np.abs(k_SH).max()
+    odd = zoo.build("dense", head_dim=12)
+    with pytest.raises(ValueError, match="keys: 12 values, no power of two, are not rotated; add `:plain`"):
+        quant_spec.with_cache(odd, format)
+    assert quant_spec.with_cache(odd, quant_spec.cache_format("int4:plain")).kv_cache.keys == "plain"
 
 
 def test_groups_that_do_not_divide_a_head_are_refused_by_name():

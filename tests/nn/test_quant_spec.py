@@ -35,7 +35,7 @@ INT8, INT4 = WeightFormat(dtype="int8"), WeightFormat(dtype="int4", group_size=1
                     KernelRule(pattern=EMBEDDINGS, weights=dataclasses.replace(INT8, group_size=64)),
                 ),
                 stage="train",
-                kv_cache=CacheFormat(dtype="int4", group_size=32),
+                kv_cache=CacheFormat(dtype="int4", group_size=32, keys="rotated"),
             ),
         ),
         ("kv_cache=int8", QuantConfig(kv_cache=CacheFormat(dtype="int8"))),
@@ -61,6 +61,8 @@ def test_what_is_written_is_what_is_meant(text, expected):
         ("int4,cache=int8", "'cache=int8' is not understood"),
         ("int4,activations=int4", "activations=int4: expected one of none, int8, fp8_e4m3"),
         ("int4,kv_cache=fp8", "kv_cache=fp8: expected <dtype>.*of int4, int8"),
+        ("kv_cache=int4:plain:rotated", "at most one of plain and rotated"),
+        ("int4:rotated", "weights=int4:rotated: expected <dtype>"),
         ("int4,leave=(", "leave='\\('.*no regular expression"),
         ("embeddings=int8", "embeddings has no effect without a format of the layers' kernels"),
     ],
@@ -72,7 +74,7 @@ def test_mistakes_name_the_part(text, message):
 
 def test_a_cache_is_said_as_it_is_written_and_taken_back():
     cfg = zoo.build("dense")
-    for text in ("int8:rows:sym", "int4:g4:asym", "none"):
+    for text in ("int8:rows:sym:plain", "int4:g4:asym:rotated", "none"):
         format = quant_spec.cache_format(text)
         changed = quant_spec.with_cache(cfg, format)
         assert changed.kv_cache == format and quant_spec.said(format) == text
