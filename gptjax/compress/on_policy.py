@@ -106,7 +106,7 @@ class Writing:
         return round(self.fraction * self.batch_size)
 
     def is_own(self, row_numbers: Any) -> Any:
-        """Of rows of a batch, by number: spread over it, so that every device and microbatch has its part."""
+        """Of rows of a batch, by number: spread over it, so that every device has its part."""
         every = self.batch_size // math.gcd(self.num_rows, self.batch_size)
         return row_numbers % every < self.num_rows * every // self.batch_size
 
