@@ -17,6 +17,7 @@ from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
 from gptjax.nn.quantized import QuantizedArray
+from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
 
 LAYERS = r"^group_\d+/(?!.*router)"
@@ -192,7 +193,7 @@ class _Treated(NamedTuple):
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
         flat = rows.reshape(*lead, -1, rows.shape[-1])
-        flat, hessian, drift = calibrate.on_each_device((flat, inputs.hessian, inputs.drift))
+        flat, hessian, drift = mesh_rules.on_each_device((flat, inputs.hessian, inputs.drift))
         if drift is not None:
             flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
