@@ -389,13 +389,6 @@ def _stages(weights: Params) -> list[list[str]]:
     return [stage for stage in found if stage]
 
 
-def on_each_device(tree: Any) -> Any:
-    """Whole on every device of a mesh: inputs are treated in turn, and would be sent round for each of them."""
-    if rules.current_mesh() is None:
-        return tree
-    return jax.device_put(tree, rules.replicated(jax.sharding.get_mesh()))
-
-
 def at(tree: Any, path: str) -> Any:
     """What is at a `/`-joined path of nested dicts."""
     for name in path.split("/"):

@@ -29,6 +29,7 @@ from gptjax.nn.config import ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.optim import sparsity as sparsity_lib
 from gptjax.optim.sparsity import Sparsity
+from gptjax.parallel import rules
 from gptjax.types import Array, Params
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -75,7 +76,7 @@ def prune(
             pruned = by_inputs(flat, inputs, sparsity)
         else:
             key = site.path, site.layer
-            flat, inputs, weight = calibrate.on_each_device((flat, inputs, found.outputs.get(key)))
+            flat, inputs, weight = rules.on_each_device((flat, inputs, found.outputs.get(key)))
             pruned = _by_hessian(flat, inputs, weight, sparsity, config, found.fractions.get(key))
         return site.layout.from_rows(pruned.reshape(rows.shape))
 

@@ -18,6 +18,7 @@ from gptjax.nn import cost, quant_spec, quantized, storage, transformer
 from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat, uses_others_kv
 from gptjax.nn.quant_spec import EMBEDDINGS, with_cache
 from gptjax.nn.quantized import QuantizedArray
+from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
 
 
@@ -202,7 +203,7 @@ class _Treated(NamedTuple):
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
         flat = rows.reshape(*lead, -1, rows.shape[-1])
-        flat, hessian, drift = calibrate.on_each_device((flat, inputs.hessian, inputs.drift))
+        flat, hessian, drift = mesh_rules.on_each_device((flat, inputs.hessian, inputs.drift))
         if drift is not None:
             flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
