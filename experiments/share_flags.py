@@ -16,7 +16,7 @@ _PATTERN = flags.DEFINE_enum(
 )
 _UNIQUE = flags.DEFINE_integer("unique", None, "Layers that keep weights of their own.", lower_bound=1)
 _INIT = flags.DEFINE_enum(
-    "init", "average", ["average", "aligned", "first", "influential"], "What the shared weights begin as."
+    "init", "first", ["first", "influential", "average"], "What shared weights begin as; influential looks at text."
 )
 _KV_EVERY = flags.DEFINE_integer("kv_every", None, "Layers in a row that use the keys and values of the first.")
 _KV_INIT = flags.DEFINE_enum("kv_init", "first", ["first", "average"], "Whose key and value kernels it begins with.")

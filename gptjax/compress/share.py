@@ -4,18 +4,16 @@ Each takes `(cfg, params, ...)` and gives them with the lines of a table. What t
 (`train.init_from`, or a student of the original), not a model to use: its function is another, unless what shares was
 equal before.
 
-average      the mean of the layers that share
-aligned      the same, with hidden units and heads of each put in the order of the first layer's that are most like them
-             (Ainsworth et al. 2022, arXiv:2209.04836, section 3.2): a permutation changes no layer's function
-first        the first of them
-influential  the one that turns the residual stream most (`structured.block_influence`)
+first        the first of the layers that share
+influential  the one of them that turns the residual stream most (`structured.block_influence`)
+average      the mean of them, which begins near nothing and stays behind: layers differ too much
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -23,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.compress import structured
-from gptjax.compress.align import aligned
 from gptjax.nn import sharing, storage, transformer
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig
 from gptjax.nn.sharing import SharingConfig
 from gptjax.types import Array, Params
 
-Init = Literal["average", "aligned", "first", "influential"]
+Init = Literal["first", "influential", "average"]
 Kept = Literal["input", "output", "average"]
 
 
@@ -51,7 +48,7 @@ class Shared(NamedTuple):
 
 
 def layers(
-    cfg: ModelConfig, params: Params, config: SharingConfig, *, init: Init = "average", batches: Sequence[Array] = ()
+    cfg: ModelConfig, params: Params, config: SharingConfig, *, init: Init = "first", batches: Sequence[Array] = ()
 ) -> Shared:
     """Layers with the weights that `nn.sharing` says.
 
@@ -65,7 +62,7 @@ def layers(
     if init not in get_args(Init):
         raise ValueError(f"init={init!r}: expected one of {', '.join(get_args(Init))}")
     if init == "influential" and not batches:
-        raise ValueError("init='influential': needs calibration text; give some, or use average")
+        raise ValueError("init='influential': needs calibration text; give some, or use first")
     made = dataclasses.replace(cfg, groups=sharing.groups(cfg.blocks, config))
     worth = structured.block_influence(cfg, params, batches) if init == "influential" else None
     own = [weights for _, weights in transformer.layers(cfg, params)]
@@ -73,7 +70,7 @@ def layers(
     lines, start = [], 0
     for i, group in enumerate(made.groups):
         blocks = {}
-        for j, block in enumerate(group.pattern):
+        for j in range(len(group.pattern)):
             members = list(range(start + j, start + group.num_layers, len(group.pattern)))
             name, found = f"group_{i}/block_{j}", [own[layer] for layer in members]
             if not group.shared:
@@ -81,7 +78,7 @@ def layers(
                 how = "left: used once"
             else:
                 chosen = 0 if worth is None else int(np.argmax(worth[members]))
-                blocks[f"block_{j}"] = found[chosen] if init in ("first", "influential") else _mean(block, found, init)
+                blocks[f"block_{j}"] = found[chosen] if init != "average" else _mean(found)
                 how = f"one layer, {init}" + (f" ({members[chosen] + 1})" if worth is not None else "")
             numbers = ", ".join(str(layer + 1) for layer in members)
             lines.append(Line(f"{name}: layers {numbers}", how, _count(found), _count(blocks[f"block_{j}"])))
@@ -162,9 +159,7 @@ def check(cfg: ModelConfig) -> None:
         raise ValueError("the model's kernels are in two factors already: share in the model that they were made from")
 
 
-def _mean(block: BlockConfig, members: Sequence[Params], init: Init) -> Params:
-    if init == "aligned":
-        members = [members[0], *(aligned(block, weights, like=members[0]) for weights in members[1:])]
+def _mean(members: Sequence[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0), *members)
 
 
@@ -214,6 +209,5 @@ def _kv_layer(
     if init == "first":
         return block, weights
     users = [own["attention"] for _, own in found[layer : layer + every]]
-    mean: Callable[..., Array] = lambda *leaves: jnp.mean(jnp.stack(leaves), axis=0)  # noqa: E731
-    averaged = {name: jax.tree.map(mean, *(user[name] for user in users)) for name in names if name in users[0]}
+    averaged = {name: _mean([user[name] for user in users]) for name in names if name in users[0]}
     return block, {**weights, "attention": {**weights["attention"], **averaged}}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from gptjax.compress import share
-from gptjax.compress.align import aligned
 from gptjax.nn import transformer
 from gptjax.nn.config import KernelRule, QuantConfig, RankRule, WeightFormat
 from gptjax.nn.sharing import SharingConfig
@@ -41,7 +40,7 @@ def with_equal_layers(cfg, uses):
     return params
 
 
-@pytest.mark.parametrize("init", ["average", "aligned", "first", "influential"])
+@pytest.mark.parametrize("init", ["average", "first", "influential"])
 @pytest.mark.parametrize(
     ("pattern", "unique", "uses"),
     [
@@ -79,32 +78,6 @@ def test_what_unequal_layers_begin_as():
         made = share.layers(cfg, params, HALF, init=init, batches=[TOKENS_BT])
         for i, kernel in enumerate(kernels):
             np.testing.assert_allclose(made.params[f"group_{i}"]["block_0"]["mlp"]["up"]["kernel"], kernel, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["dense", "gpt2", "sandwich"])
-def test_an_order_of_units_and_heads_is_found_again(name):
-    cfg = zoo.build(name)
-    (block, layer), _ = transformer.layers(cfg, random_params(cfg))
-    rng, moved = np.random.default_rng(0), {}
-    units, num_kv = rng.permutation(block.mlp.d_ff), block.attention.num_kv_heads
-    size = block.attention.num_heads // num_kv
-    groups = rng.permutation(num_kv)
-    heads = np.concatenate([group * size + rng.permutation(size) for group in groups])
-    orders = {"query": (heads, -2), "key": (groups, -2), "value": (groups, -2), "out": (heads, -3), "up": (units, -1),
-              "gate": (units, -1), "down": (units, -2)}  # fmt: skip
-
-    def leaf(path, value):
-        names = [entry.key for entry in path]
-        if "sinks" in names:
-            return value[heads]
-        if len(names) < 3 or (names[2] == "bias" and names[1] in ("out", "down")):
-            return value
-        return np.take(value, *orders[names[1]])
-
-    moved = jax.tree_util.tree_map_with_path(leaf, layer)
-    assert not np.array_equal(moved["mlp"]["up"]["kernel"], layer["mlp"]["up"]["kernel"])
-    found = aligned(block, moved, like=layer)
-    assert jax.tree.all(jax.tree.map(np.array_equal, found, layer))
 
 
 def test_keys_and_values_of_equal_streams_are_shared_without_a_change():
