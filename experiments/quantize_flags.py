@@ -11,7 +11,8 @@ from experiments import calibration_flags
 
 if TYPE_CHECKING:
     from gptjax.compress.quantize import Method
-    from gptjax.nn.config import ModelConfig, QuantConfig, WeightFormat
+    from gptjax.nn.config import ModelConfig
+    from gptjax.nn.formats import QuantConfig, WeightFormat
 
 _FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
 _METHODS = ["rtn", "smoothquant", "awq", "gptq"]
@@ -57,7 +58,7 @@ def rules(model: ModelConfig) -> QuantConfig:
       ValueError: for a format that there is not, or flags that have no effect.
     """
     from gptjax.nn import quant_spec
-    from gptjax.nn.config import QuantConfig
+    from gptjax.nn.formats import QuantConfig
 
     kv_cache = model.kv_cache if _KV_CACHE.value is None else quant_spec.cache_format(_KV_CACHE.value)
     if _WEIGHTS.value == "none":
@@ -81,7 +82,7 @@ def _weights() -> WeightFormat:
 
 
 def _check_cache_alone() -> None:
-    holders = (_METHOD, _GROUP_SIZE, _CODES, _ACTIVATIONS, _EMBEDDINGS, _LEAVE, _SCALING, _ALPHA, _ORDER, _SCALES)
+    holders = (_METHOD, _GROUP_SIZE, _CODES, _ACTIVATIONS, _EMBEDDINGS, _LEAVE, _SCALING, _ORDER, _SCALES)
     given = [f"--{flag.name}" for flag in (*holders, _DAMPING, _SEQUENCE, _CLIP_NORMS) if flag.present]
     if given:
         raise ValueError(f"--weights=none leaves kernels as they are; leave out {', '.join(given)}")

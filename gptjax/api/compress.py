@@ -24,7 +24,8 @@ from gptjax.compress.text import Calibration
 from gptjax.data import examples
 from gptjax.model import Model
 from gptjax.nn import quant_spec
-from gptjax.nn.config import ModelConfig, WeightFormat
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import WeightFormat
 from gptjax.optim import sparsity as sparsity_lib
 from gptjax.parallel import rules
 from gptjax.types import Array, Objective, Params

@@ -29,7 +29,8 @@ from gptjax.compress import calibrate
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.share import Line
 from gptjax.nn import low_rank, storage, transformer
-from gptjax.nn.config import ModelConfig, RankRule
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import RankRule
 from gptjax.nn.quantized import Layout
 from gptjax.types import Array, Params
 

@@ -15,7 +15,8 @@ from gptjax.compress import calibrate, gptq, scales, scaling
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import cost, quant_spec, quantized, storage, transformer
-from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat, uses_others_kv
+from gptjax.nn.config import ModelConfig, uses_others_kv
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.quant_spec import EMBEDDINGS, with_cache
 from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules as mesh_rules

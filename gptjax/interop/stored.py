@@ -15,7 +15,8 @@ import numpy as np
 from gptjax.checkpoint import arrays
 from gptjax.checkpoint import stream as array_stream
 from gptjax.nn import quantized, storage, transformer
-from gptjax.nn.config import ModelConfig, WeightFormat
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import WeightFormat
 from gptjax.nn.quantized import QuantizedArray
 
 

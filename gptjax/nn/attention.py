@@ -11,7 +11,8 @@ from flax import linen as nn
 from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
-from gptjax.nn.config import AttentionConfig, CacheFormat, RopeConfig
+from gptjax.nn.config import AttentionConfig, RopeConfig
+from gptjax.nn.formats import CacheFormat
 from gptjax.nn.init import declare
 from gptjax.nn.linear import Kernel, Linear, project
 from gptjax.nn.norm import Norm

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.nn import quantized
-from gptjax.nn.config import AttentionConfig, BlockConfig, CacheFormat, ModelConfig, uses_others_kv
+from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, uses_others_kv
+from gptjax.nn.formats import CacheFormat
 from gptjax.nn.linear import compute_dtype
 from gptjax.nn.quantized import Layout, QuantizedArray
 from gptjax.parallel.mesh import platform

@@ -14,7 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 
-from gptjax.nn.config import RankRule
+from gptjax.nn.formats import RankRule
 from gptjax.nn.init import Declared
 from gptjax.nn.quantized import Layout
 

@@ -16,7 +16,8 @@ import re
 from typing import Any, Literal, NamedTuple, get_args
 
 from gptjax.nn import cache as kv_caches
-from gptjax.nn.config import CacheFormat, KernelRule, ModelConfig, QuantConfig, WeightFormat
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import CacheFormat, KernelRule, QuantConfig, WeightFormat
 
 LAYERS = r"^group_\d+/(?!.*router)"
 """The kernels of all layers but routers, which decide by small differences."""

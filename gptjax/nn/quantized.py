@@ -21,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gptjax.nn.config import MIN_GROUP_SIZE, WeightFormat
+from gptjax.nn.formats import MIN_GROUP_SIZE, WeightFormat
 from gptjax.types import Array
 
 _BLOCKS = (32, 16, 8)

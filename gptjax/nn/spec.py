@@ -20,11 +20,11 @@ from gptjax.nn.config import (
     ModelConfig,
     MoEConfig,
     NormConfig,
-    RankRule,
     Remat,
     RopeConfig,
     RopeScaling,
 )
+from gptjax.nn.formats import RankRule
 from gptjax.nn.sharing import SharingConfig
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from gptjax.nn import quantized
-from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import KernelRule, QuantConfig
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
 from gptjax.types import Params
 

@@ -9,7 +9,8 @@ import pytest
 
 from gptjax.compress import calibrate
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import LayerGroup, WeightFormat
+from gptjax.nn.config import LayerGroup
+from gptjax.nn.formats import WeightFormat
 from tests.nn import zoo
 from tests.tiny import random_params
 

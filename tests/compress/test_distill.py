@@ -11,7 +11,7 @@ from gptjax.compress import distill, matching
 from gptjax.compress.distill import DistillConfig, Layers
 from gptjax.kernels import cross_entropy
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.parallel import mesh as mesh_lib
 from gptjax.parallel import rules
 from gptjax.train import objective as objectives

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.compress import calibrate, folding, scaling
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from tests.compress.test_calibrate import batches
 from tests.nn import zoo
 from tests.tiny import random_params

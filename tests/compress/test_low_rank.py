@@ -10,7 +10,7 @@ import pytest
 from gptjax.compress import calibrate, low_rank, prune, quantize
 from gptjax.compress.calibrate import Inputs
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.formats import WeightFormat
 from gptjax.optim.sparsity import Sparsity
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh

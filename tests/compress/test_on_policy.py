@@ -12,7 +12,7 @@ from gptjax.compress.distill import DistillConfig
 from gptjax.data.loader import TrainData
 from gptjax.infer.generate import GenerateConfig, generate
 from gptjax.infer.sampling import SamplingConfig
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.parallel import mesh as mesh_lib
 from gptjax.train.state import TrainState
 from tests.tiny import random_params

@@ -11,7 +11,7 @@ import pytest
 from gptjax.compress import prune, sparsegpt
 from gptjax.compress.sparsegpt import SparseGPT
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.optim import sparsity as sparsity_lib
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh

@@ -12,7 +12,8 @@ from gptjax.checkpoint.store import restore_params
 from gptjax.compress import quantize, saving
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.nn import quant_spec, quantized, transformer
-from gptjax.nn.config import LayerGroup, WeightFormat
+from gptjax.nn.config import LayerGroup
+from gptjax.nn.formats import WeightFormat
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from tests.compress.test_calibrate import batches

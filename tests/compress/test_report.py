@@ -15,7 +15,7 @@ from gptjax.compress import measure, report
 from gptjax.data import loader, source, tokenizer, writer
 from gptjax.eval import charts, perplexity
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from tests.tiny import TINY, random_params
 
 SPEC = dataclasses.replace(TINY, vocab_size=260, seq_len=64)

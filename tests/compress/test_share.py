@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.compress import share
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, RankRule, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, RankRule, WeightFormat
 from gptjax.nn.sharing import SharingConfig
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh

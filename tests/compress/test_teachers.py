@@ -15,7 +15,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import exporting, importing
 from gptjax.interop.exporting import Options
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.optim import sparsity
 from gptjax.parallel import mesh as mesh_lib
 from gptjax.train import setup as setup_lib

@@ -22,7 +22,8 @@ from gptjax.interop.judging import Check
 from gptjax.interop.publish import RejectedError
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, LayerGroup, MoEConfig, QuantConfig, WeightFormat
+from gptjax.nn.config import LayerGroup, MoEConfig
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.norm import Norm
 from tests.interop.gguf import models as gguf_models
 from tests.tiny import TINY, random_params

@@ -14,7 +14,7 @@ from gptjax.interop import certificate, checkpoint, llama2c, perplexities
 from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from tests.tiny import TINY, random_params
 
 LEFT = KernelRule(pattern="mlp/down")  # its rows are no blocks

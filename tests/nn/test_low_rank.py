@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.nn import cost, low_rank, transformer
 from gptjax.nn.cache import init_cache
-from gptjax.nn.config import KernelRule, QuantConfig, RankRule, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, RankRule, WeightFormat
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from tests.nn import zoo

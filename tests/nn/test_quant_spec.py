@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gptjax.nn import quant_spec
-from gptjax.nn.config import CacheFormat, KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import CacheFormat, KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.quant_spec import EMBEDDINGS, LAYERS
 from tests.nn import zoo
 from tests.tiny import TINY

@@ -14,7 +14,7 @@ from gptjax.checkpoint.store import CheckpointStore, restore_params
 from gptjax.infer.generate import GenerateConfig, generate
 from gptjax.infer.layout import for_decoding
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.quantized import Layout
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh

@@ -18,7 +18,7 @@ from gptjax.interop.gguf import write as gguf_write
 from gptjax.interop.judging import Check
 from gptjax.interop.publish import RejectedError
 from gptjax.nn import quantized, storage, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from tests.interop.gguf import models as gguf_models
 
 package = pytest.importorskip("gguf")
