@@ -48,7 +48,6 @@ _SEQUENCE = flags.DEFINE_enum(
 _PROPAGATE = flags.DEFINE_float(
     "propagate", None, "Part of what a kernel's inputs lost before it that it makes good, 0 to 1."
 )
-_CLIP_NORMS = flags.DEFINE_float("clip_norms", None, "Calibration tokens count as at most so many median norms.")
 
 
 def rules(model: ModelConfig) -> QuantConfig:
@@ -106,7 +105,7 @@ def method() -> Method:
         raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
-    given = {"scaling": scaling, "sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value}
+    given = {"scaling": scaling, "sequence": _SEQUENCE.value}
     given["propagate"] = _PROPAGATE.value
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
     rounding = {name: value for name, value in rounding.items() if value is not None}
@@ -115,7 +114,7 @@ def method() -> Method:
         found = dataclasses.replace(found, gptq=dataclasses.replace(found.gptq, **rounding))
     unread = [] if found.rounding == "gptq" else list(rounding)
     if not found.is_calibrated:
-        names = {"sequence": _SEQUENCE.value, "clip_norms": _CLIP_NORMS.value, "propagate": _PROPAGATE.value}
+        names = {"sequence": _SEQUENCE.value, "propagate": _PROPAGATE.value}
         unread += [name for name, value in names.items() if value is not None]
     if unread:
         raise ValueError(f"--method={_METHOD.value} does not read {', '.join(f'--{n}' for n in unread)}; leave it out")

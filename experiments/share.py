@@ -48,7 +48,7 @@ def main() -> None:
     model, began = gptjax.load(_CKPT.value), time.perf_counter()
     batches, facts = calibration_flags.batches(model) if looks else ([], None)
     cfg, params, tables, asked = share_flags.apply(model, batches)
-    source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.params)}
+    source = {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.config, model.params)}
     entry = {"stage": "share", **asked, "calibration": facts, "source": source}
     saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(tables, before=model.params, after=params, seconds=time.perf_counter() - began)

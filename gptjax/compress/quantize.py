@@ -30,7 +30,6 @@ class Method:
     Attributes:
       rounding: `nearest`; `clip`, to nearest with groups' ranges searched for; `gptq`.
       scaling: of inputs, before kernels are rounded.
-      clip_norms: see `calibrate.walk`.
       propagate: how far a kernel also makes good what its inputs lost before it, 0 to 1; see `gptq.aimed`.
     """
 
@@ -38,7 +37,6 @@ class Method:
     scaling: Literal["none", "awq", "smoothquant"] = "none"
     gptq: GPTQ = GPTQ()
     sequence: calibrate.Sequence_ = "stage"
-    clip_norms: float | None = None
     propagate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -177,7 +175,6 @@ def quantize(
             treated.treat,
             sequence=method.sequence,
             prepare=prepare,
-            clip=method.clip_norms,
             against="original" if method.propagate else "none",
             told=told,
         )
