@@ -82,7 +82,7 @@ def _weights() -> WeightFormat:
 
 def _check_cache_alone() -> None:
     holders = (_METHOD, _GROUP_SIZE, _CODES, _ACTIVATIONS, _EMBEDDINGS, _LEAVE, _SCALING, _ORDER, _SCALES)
-    given = [f"--{flag.name}" for flag in (*holders, _DAMPING, _SEQUENCE, _CLIP_NORMS) if flag.present]
+    given = [f"--{flag.name}" for flag in (*holders, _DAMPING, _SEQUENCE) if flag.present]
     if given:
         raise ValueError(f"--weights=none leaves kernels as they are; leave out {', '.join(given)}")
     if _KV_CACHE.value is None:

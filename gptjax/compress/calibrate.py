@@ -98,7 +98,6 @@ def walk(
     *,
     sequence: Sequence_ = "stage",
     prepare: Prepare | None = None,
-    clip: float | None = None,
     against: Against = "none",
     told: Callable[[int], None] = lambda layer: None,
 ) -> Params:
@@ -109,8 +108,6 @@ def walk(
       batches: int32 tokens `[B, T]` each, all of one shape.
       sequence: what a kernel's inputs come from: `stage`, all before it as treated; `layer`, all layers before it as
         treated; `none`, the model as it was.
-      clip: rows longer than this many times the median row count as if they were that long: a few tokens (attention
-        sinks) are otherwise most of a Hessian.
       against: `original` runs the model as it was beside the treated one, and gives `Inputs.drift`.
       told: called with the number of layers that are done.
 
@@ -120,7 +117,7 @@ def walk(
     assert cfg.quant is None or not cfg.quant.rules, "kernels are floats before they are treated"
     embedded = [_embed(cfg, params, tokens) for tokens in batches]
     xs = [_Hidden(x, x if against == "original" else None) for x in embedded]
-    walker = _Walker(cfg, treat, sequence, prepare, clip)
+    walker = _Walker(cfg, treat, sequence, prepare)
     out, layer = dict(params), 0
     for i, group in enumerate(cfg.groups):
         name = f"group_{i}"
@@ -158,7 +155,6 @@ class _Walker(NamedTuple):
     treat: Treat
     sequence: Sequence_
     prepare: Prepare | None
-    clip: float | None
 
     def layer(
         self, prefix: str, block: BlockConfig, weights: Params, xs: list[_Hidden], layer: int
@@ -229,9 +225,7 @@ class _Walker(NamedTuple):
         """What the kernels at `paths` see; `weights` are the treated and the original ones. Adds to `known`."""
         total: dict[str, Inputs] | None = None
         for i, x in enumerate(xs):
-            found, ends = _look(
-                self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i], self.clip
-            )
+            found, ends = _look(self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i])
             total = found if total is None else _added(total, found)
             if known is not None:
                 known[i] = tuple(old | new for old, new in zip(known[i], ends, strict=True))  # type: ignore[assignment]
@@ -287,7 +281,7 @@ def _pass(cfg: ModelConfig, block: BlockConfig, weights: tuple[Params, Params], 
     return _Hidden(own, _run(cfg, block, (), weights[1], x.original, known[1])[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _look(
     cfg: ModelConfig,
     block: BlockConfig,
@@ -295,7 +289,6 @@ def _look(
     weights: tuple[Params, Params],
     x: _Hidden,
     known: _Known,
-    clip: float | None,
 ) -> tuple[dict[str, Inputs], _Known]:
     """The inputs alone: the compiler leaves out what of the layer comes after them.
 
@@ -306,25 +299,19 @@ def _look(
     wanted: dict[str, Seen] = {}
     if x.original is not None:
         wanted = _run(cfg, block, paths, weights[1], x.original, known[1])[1]
-    inputs = {path: _summary(seen[path], wanted.get(path), clip) for path in paths}
+    inputs = {path: _summary(seen[path], wanted.get(path)) for path in paths}
     ends = [path for path in paths if path.endswith(_ENDS)]
     return inputs, tuple({path: of[path].x for path in ends if path in of} for of in (seen, wanted))  # type: ignore[return-value]
 
 
-def _summary(seen: Seen, wanted: Seen | None, clip: float | None) -> Inputs:
+def _summary(seen: Seen, wanted: Seen | None) -> Inputs:
     x_MI = seen.rows_MI.astype(jnp.float32)
-    weight_M1 = jnp.ones((x_MI.shape[0], 1))
-    if clip is not None:
-        norm_M = jnp.linalg.norm(x_MI, axis=1)
-        limit = clip * jnp.nanmedian(jnp.where(norm_M > 0, norm_M, jnp.nan))
-        weight_M1 = jnp.minimum(1.0, limit / jnp.maximum(norm_M, 1e-30))[:, None]
-        x_MI = x_MI * weight_M1
     size = jnp.abs(x_MI)
     if seen.groups is not None:
         return _summary_by_expert(x_MI, size, seen.groups)
     drift = None
     if wanted is not None:
-        drift = _product(wanted.rows_MI.astype(jnp.float32) * weight_M1 - x_MI, x_MI)
+        drift = _product(wanted.rows_MI.astype(jnp.float32) - x_MI, x_MI)
     count = jnp.asarray(x_MI.shape[0], jnp.float32)
     return Inputs(_gram(x_MI), size.sum(0), size.max(0), count, x_MI[:: _stride(x_MI)], drift)
 

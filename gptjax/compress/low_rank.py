@@ -102,14 +102,13 @@ def factorise(
     ranks: Mapping[str, int],
     *,
     sequence: calibrate.Sequence_ = "stage",
-    clip: float | None = None,
     told: Callable[[int], None] = lambda layer: None,
 ) -> Result:
     """The model with the kernels of `ranks` in two factors.
 
     Args:
       batches: calibration tokens `[B, T]` each, all of one shape; none for the SVD of kernels alone.
-      sequence, clip, told: see `calibrate.walk`.
+      sequence, told: see `calibrate.walk`.
 
     Raises:
       ValueError: for a model in few bits or in factors already, a rank that does not fit, or no rank at all.
@@ -131,7 +130,7 @@ def factorise(
 
     plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
     if batches:
-        done = calibrate.walk(plain, params, batches, treat, sequence=sequence, clip=clip, told=told)
+        done = calibrate.walk(plain, params, batches, treat, sequence=sequence, told=told)
     else:
         done = _by_weights(params, layouts, ranks)
     made = dataclasses.replace(cfg, low_rank=rules(ranks, can=_kernels(cfg, None)))
