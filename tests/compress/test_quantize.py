@@ -146,12 +146,9 @@ def test_layers_that_share_weights_are_treated_by_all_their_uses(method):
 def test_calibration_that_is_not_finite_names_the_layer_and_the_kernel():
     cfg = zoo.build("dense")
     params = random_params(cfg)
-    params["group_0"]["block_0"]["mlp"]["up"]["kernel"] = (
-        params["group_0"]["block_0"]["mlp"]["up"]["kernel"].at[1].set(1e30)
-    )
-    params["group_0"]["block_0"]["mlp"]["gate"]["kernel"] = jnp.full_like(
-        params["group_0"]["block_0"]["mlp"]["gate"]["kernel"], 1e30
-    )
+    for name in ("gate", "up"):  # of the second layer, whose product is too large for float32
+        kernel = params["group_0"]["block_0"]["mlp"][name]["kernel"]
+        params["group_0"]["block_0"]["mlp"][name]["kernel"] = jnp.asarray(kernel).at[1].set(1e30)
     with pytest.raises(ValueError, match="group_0/block_0, layer 1: the calibration text gives mlp/down/kernel inputs"):
         run(cfg, params, "gptq")
 
