@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_DIR ?= runs/demo
+COMPRESS_DIR ?= runs/compressed
 # Peers that conversions are compared with, some 1.5 GB; `make test REFEREES=` goes without them. TensorFlow, saved-model, is one too;
 # in one process with a torch that has triton it crashes.
 REFEREES ?= gguf referees onnx
@@ -10,14 +11,17 @@ REFEREES ?= gguf referees onnx
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo compress_demo test lint clean
 .DEFAULT_GOAL := help
 
 help: ## This list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z_]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## Train a small GPT on Python's own source, evaluate it, sample from it: runs/demo/report.html
 	$(PY) -m experiments.demo --workdir=$(DEMO_DIR)
+
+compress_demo: $(VENV)/.installed ## Prune, quantise, distil and share the demo's model; all beside it: runs/compressed/report/compress.html
+	$(PY) -m experiments.compress_demo --demo=$(DEMO_DIR) --workdir=$(COMPRESS_DIR)
 
 test: $(VENV)/.installed-test ## The whole test suite, on 8 simulated CPU devices.
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -1,87 +1,95 @@
 """Compares models that were made from one: quality, size and speed on one page.
 
     python -m experiments.compress_report --ckpts=runs/demo,runs/int8,runs/int4 --data=novel.txt --out=runs/report
+    ... --tasks=copa.jsonl,arc_easy.jsonl --num_questions=200
 
-The first is the original. Every model is scored by the evaluator of experiments.evaluate on the same tokens, taken
-from all over the text, and runs on the same prompt. The folder gets compress.html and compress.json.
+The first is the original. Every model is scored by the evaluator of experiments.evaluate on the same tokens, from all
+over the text, and on the same questions, and runs on the same prompt. The folder gets compress.html and compress.json.
+A model that cannot be read, or has another tokenizer, is named there while others go on; the status is then 1.
 """
 
 from __future__ import annotations
 
 import pathlib
-import tempfile
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
+from etils import epath
 
 from experiments import common
 
 if TYPE_CHECKING:
-    from etils import epath
-
+    from gptjax.compress.comparing import Candidate
     from gptjax.compress.report import Variant
-    from gptjax.model import Model
-    from gptjax.types import Batch
 
 _CKPTS = flags.DEFINE_list("ckpts", None, "Checkpoints or workdirs (their newest), the original first.", required=True)
 _NAMES = flags.DEFINE_list("names", None, "What they are called; the names of their directories unless told.")
 _DATA = flags.DEFINE_string("data", None, "Held-out token store, text file, or source of prepare_data.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for the page and its figures.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder for the page and its figures; without a report yet.", required=True)
 _TOKENS = flags.DEFINE_integer("num_tokens", 65_536, "Of the text, at most.", lower_bound=512)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row; the model's context, at most 512, unless told.")
+_TASKS = flags.DEFINE_list("tasks", [], "Files of multiple-choice questions: ARC, COPA, PIQA, HellaSwag, BLiMP, ...")
+_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Of each task, at most; all unless told.", lower_bound=1)
 
 
-def main() -> None:
+def main() -> int:
     """Measures every checkpoint, and writes the page."""
-    import gptjax
-    from gptjax.compress import report
+    from gptjax.compress import comparing, report
+    from gptjax.eval import task_files
 
     names = _NAMES.value or [pathlib.Path(path.rstrip("/")).name for path in _CKPTS.value]
     if len(names) != len(_CKPTS.value):
         raise ValueError(f"--names has {len(names)} names, expected one for each of {len(_CKPTS.value)} --ckpts")
-    original = gptjax.load(_CKPTS.value[0])
-    with tempfile.TemporaryDirectory() as scratch:
-        batches, num_bytes = _batches(original, pathlib.Path(scratch) / "store")
-    variants = []
-    for name, path in zip(names, _CKPTS.value, strict=True):
-        variants.append(_measure(name, path, original, batches, num_bytes))
-        head, *_, row = report.rows(variants)
-        print(", ".join(f"{key} {value}" for key, value in zip(head, row, strict=True)), flush=True)
-    facts = {"text": _DATA.value, "targets": int(sum(batch.loss_mask.sum() for batch in batches)), "bytes": num_bytes}
-    report.write(report.Comparison(title=names[0], variants=variants, facts=facts), _OUT.value)
-    print(f"{_OUT.value}/compress.html")
-
-
-def _batches(model: Model, scratch: pathlib.Path) -> tuple[list[Batch], int]:
-    """Rows of the text, and the bytes that their targets spell."""
-    from gptjax.data import loader, writer
-
-    if model.tokenizer is None:
-        raise ValueError(f"{_CKPTS.value[0]}: has no tokenizer to read text with")
-    seq_len = min(model.config.seq_len, 512) if _SEQ_LEN.value is None else _SEQ_LEN.value
-    store = writer.store_of(_DATA.value, model.tokenizer, scratch=scratch)
-    found = loader.eval_batches(
-        store, batch_size=1, seq_len=seq_len, stride=seq_len, max_batches=max(1, _TOKENS.value // seq_len)
+    if len(set(names)) < len(names):
+        raise ValueError(f"--names: {', '.join(names)}: some are the same; give each checkpoint its own")
+    report.check_free(_OUT.value)
+    questions = {
+        pathlib.Path(file).name.split(".json")[0]: task_files.read(file, max_questions=_QUESTIONS.value)
+        for file in _TASKS.value
+    }
+    original = _load(names[0], _CKPTS.value[0])
+    exam = comparing.prepare(
+        original, text=_DATA.value, seq_len=_SEQ_LEN.value, num_tokens=_TOKENS.value, questions=questions
     )
-    return list(found), found.num_bytes
+    variants, failures = [comparing.take(exam, original)], {}
+    _print(variants)
+    for name, path in zip(names[1:], _CKPTS.value[1:], strict=True):
+        try:
+            variants.append(comparing.take(exam, _load(name, path)))
+            _print(variants)
+        except (ValueError, OSError) as error:
+            failures[name] = str(error)
+            print(f"{name}: not measured: {error}", file=sys.stderr)
+    comparison = report.Comparison(title=names[0], variants=variants, failures=failures, facts=exam.facts)
+    report.write(comparison, _OUT.value)
+    print(f"{_OUT.value}/compress.html")
+    return 1 if failures else 0
 
 
-def _measure(name: str, path: str, original: Model, batches: list[Batch], num_bytes: int) -> Variant:
+def _load(name: str, path: str) -> Candidate:
     import gptjax
     from gptjax.checkpoint import store
-    from gptjax.compress import measure, report
+    from gptjax.compress.comparing import Candidate
 
     model = gptjax.load(path)
-    pair = (model.config, model.params)
-    (quality,) = measure.quality((original.config, original.params), [pair], batches, num_bytes=num_bytes)
-    return report.Variant(
+    return Candidate(
         name=name,
-        quality=quality,
-        size=measure.size(*pair),
-        speed=measure.speed(*pair, prompt_len=min(model.config.seq_len // 2, 256)),
-        disk_bytes=_num_bytes(store.find(path) / "params"),
+        config=model.config,
+        params=model.params,
+        tokenizer=model.tokenizer,
+        disk_bytes=_num_bytes(store.find(path) / "params" if model.meta else epath.Path(path).expanduser()),
         lineage=() if model.meta is None else model.meta.lineage,
     )
+
+
+def _print(variants: list[Variant]) -> None:
+    """The figures of the last."""
+    from gptjax.compress import report
+
+    tables = [report.rows(variants), report.task_rows(variants)]
+    figures = [f"{key} {value}" for head, *_, row in filter(None, tables) for key, value in zip(head, row, strict=True)]
+    print(", ".join(figures), flush=True)
 
 
 def _num_bytes(path: epath.Path) -> int:

@@ -1,18 +1,23 @@
 r"""Trains a student on what a teacher says of the same tokens, or goes on doing so.
 
     python -m experiments.distill --teacher=runs/demo --config=configs/demo.py --workdir=runs/student \
-        --config.model.num_layers=2 --config.distill.temperature=2
+        --config.model.num_layers=2 --on_policy=0.25
 
 The config is the student's, as for experiments.pretrain; its section `distill` says how it is taught:
 
-    loss           forward_kl, reverse_kl or jsd (with beta)
-    temperature    divides the logits of both
-    weight         of the teacher; the data's own loss has the rest of 1
-    top_k, cache   compare the teacher's likeliest tokens and the rest as one; keep them on disk for other students
-    hidden_weight  of the hidden states of hidden_layers, pairs of a student's and a teacher's layer
+    loss              forward_kl, reverse_kl or jsd (with beta)
+    temperature       divides the logits of both
+    weight            of the teacher; the data's own loss has the rest of 1
+    top_k, cache      compare the teacher's likeliest tokens and the rest as one; keep them on disk for other students
+    hidden_weight     of the hidden states of hidden_layers, pairs of a student's and a teacher's layer
+    attention_weight  of the attention of attention_layers, whatever the heads; the last layers unless told
+    on_policy         fraction of the rows that the student writes itself, after on_policy_prompt tokens of the data,
+                      for on_policy_steps steps at once; of these the teacher alone is the judge
 
-Teacher and student may differ in every size and in family; tokenizer and vocabulary are the same. Started again
-with the same config it resumes.
+Teacher and student may differ in every size and in family, and the teacher may be imported or in few bits; the
+tokenizer is the same: experiments.prepare_data --tokenizer=<teacher>/assets. A pruned student starts from --init.
+Started again with the same config it resumes. What teaches what, by which losses, is in the log; each loss is a
+figure of metrics.jsonl.
 
 Exit status: as that of experiments.pretrain.
 """
@@ -30,6 +35,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the student's run,
 _INIT = flags.DEFINE_string(
     "init", None, "Checkpoint or workdir whose parameters the student starts with; sets config.train.init_from."
 )
+_ON_POLICY = flags.DEFINE_float("on_policy", None, "Rows that the student writes; sets config.distill.on_policy.")
 
 
 def main() -> int:
@@ -41,6 +47,8 @@ def main() -> int:
     values = _CONFIG.value
     if _TEACHER.value is not None:
         values.distill.teacher = _TEACHER.value
+    if _ON_POLICY.value is not None:
+        values.distill.on_policy = _ON_POLICY.value
     if _INIT.value is not None:
         values.train.init_from = _INIT.value
     return common.train(

@@ -29,8 +29,16 @@ _DST = flags.DEFINE_string(
 )
 _FAMILY = flags.DEFINE_string("family", None, "model_type to write it as; the first that expresses it unless told.")
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", None, ["f32", "f16", "bf16", "q8_0", "q4_0"], "Of the weights in gguf; f16 unless told."
+    "quantization", None, ["f32", "f16", "bf16", "q8_0", "q4_0"], "Of float weights in gguf; f16 unless told."
 )
+_FEW_BITS = flags.DEFINE_enum(
+    "few_bits",
+    None,
+    ["blocks", "blocks_or_f16", "blocks_or_f32", "floats"],
+    "gguf, of kernels in few bits: blocks with the very values; what has none is refused, or gets so many bits. Or "
+    "floats for all, as --quantization says. blocks unless told.",
+)
+_TEXT = flags.DEFINE_string("text", None, "Held-out text, on which both have to have the same perplexity within 1 %.")
 _SHARD_GB = flags.DEFINE_float("max_shard_gb", None, "Size of a .safetensors file at most; 5.", lower_bound=0.001)
 flags.adopt_module_key_flags(interop_flags)
 
@@ -42,6 +50,7 @@ def main() -> int:
     options = exporting.Options(
         family=_FAMILY.value,
         quantization=_QUANTIZATION.value,
+        few_bits=_FEW_BITS.value,
         max_shard_bytes=None if _SHARD_GB.value is None else int(_SHARD_GB.value * 1e9),
         **interop_flags.values(),
     )
@@ -51,7 +60,7 @@ def main() -> int:
             pathlib.Path(_DST.value).expanduser().absolute(),
             format=_FORMAT.value,
             options=options,
-            check=interop_flags.check(),
+            check=interop_flags.check(text=_TEXT.value),
         ),
         path=_DST.value,
     )

@@ -34,15 +34,23 @@ def values() -> dict[str, Any]:
     return {"dtype": None if _DTYPE.value is None else jnp.dtype(_DTYPE.value), "num_threads": _THREADS.value}
 
 
-def check() -> Check:
-    """How the result is proven."""
+def check(*, text: str | None = None) -> Check:
+    """How the result is proven.
+
+    Raises:
+      ValueError: for a text where nothing is run.
+    """
     from gptjax.interop.judging import Check
 
-    return Check(proof="values" if _PROOF.value == "values" else "run", trace=_print_trace if _TRACE.value else None)
+    if text is not None and _PROOF.value == "values":
+        raise ValueError("--text: has no effect with --proof=values, which runs nothing; leave one out")
+    trace = _print_trace if _TRACE.value else None
+    return Check(proof="values" if _PROOF.value == "values" else "run", trace=trace, text=text)
 
 
 def run(convert: Callable[[], Certificate], *, path: str) -> int:
     """Carries out a conversion, prints its certificate, and returns the exit status."""
+    from gptjax.interop.certificate_text import table
     from gptjax.interop.publish import RejectedError
 
     try:
@@ -57,37 +65,6 @@ def run(convert: Callable[[], Certificate], *, path: str) -> int:
     print(table(certificate))
     print(f"{path}: accepted; its certificate.json has the hashes, tolerances and versions")
     return 0
-
-
-def table(certificate: Certificate) -> str:
-    """The certificate as people read it."""
-    lines = [f"{certificate.kind}: {certificate.num_params:,} parameters, {certificate.dtype}"]
-    lines += [f"  {name:<8} {peer}" for name, peer in certificate.referees.items()]
-    if certificate.values:
-        lines.append(f"  values   {certificate.values}")
-    if certificate.comparisons:
-        lines.append(f"  {'prompt':<18}{'max |dlogit|':>14}{'mean KL, nats':>15}{'greedy tokens':>15}")
-    for row in certificate.comparisons:
-        figures = (_figure(row.max_logit_difference), _figure(row.mean_kl_nats), f"{row.greedy_agreement:.0%}")
-        lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
-    if certificate.comparisons:
-        bound = certificate.tolerance
-        most = (f"<= {bound.max_logit:g}", f"<= {bound.mean_kl:g}", f">= {bound.greedy:.0%}")
-        lines.append(f"  {'accepted where':<18}{most[0]:>14}{most[1]:>15}{most[2]:>15}")
-    if certificate.comparisons and certificate.tokenizer is None:
-        lines.append("  tokenizer: not compared; one of the two has none")
-    if certificate.tokenizer is not None:
-        total = certificate.tokenizer.num_strings
-        known = certificate.tokenizer.known
-        equal = total - len(certificate.tokenizer.different) - len(known)
-        lines.append(f"  tokenizer: ids of {equal} of {total} strings are equal")
-        lines += [f"    {text!r:.40}: {reason}" for text, reason in known.items()]
-    lines += [f"  note: {note}" for note in certificate.notes]
-    return "\n".join(lines)
-
-
-def _figure(value: float | None) -> str:
-    return "not shown" if value is None else f"{value:.2e}"
 
 
 def _print_trace(line: str) -> None:

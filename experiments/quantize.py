@@ -1,7 +1,8 @@
-"""Stores a model's kernels in few bits.
+"""Stores a model's kernels in few bits, and says so of its keys and values.
 
     python -m experiments.quantize --ckpt=runs/demo --dst=runs/int4 --method=gptq --weights=int4 --calibration=book.txt
     python -m experiments.quantize --ckpt=runs/demo --dst=runs/int8 --method=rtn --weights=int8 --activations=int8
+    python -m experiments.quantize --ckpt=runs/int8 --dst=runs/int8_kv --weights=none --kv_cache=int8
 
 What it writes is a checkpoint like any other, for generate, evaluate and the rest. The table names every parameter, and
 why it was left where it was. The source is only read, and --dst appears whole or not at all.
@@ -35,8 +36,8 @@ def main() -> None:
     destination = pathlib.Path(_DST.value).expanduser().absolute()
     saving.check_free(destination)
     method, began = quantize_flags.method(), time.perf_counter()
-    quant = quantize_flags.rules()
     model = gptjax.load(_CKPT.value)
+    quant = quantize_flags.rules(model.config)
     quantize.check(model.config, quant, method=method)
     batches, facts = calibration_flags.batches(model) if method.is_calibrated else ([], None)
 
@@ -46,8 +47,9 @@ def main() -> None:
     result = quantize.quantize(model.config, model.params, quant, method=method, batches=batches, told=told)
     entry: dict[str, Any] = {
         "stage": "quantize",
-        "method": dataclasses.asdict(method),
+        "method": dataclasses.asdict(method) if quant.rules else None,
         "rules": [dataclasses.asdict(rule) for rule in quant.rules],
+        "kv_cache": None if quant.kv_cache is None else dataclasses.asdict(quant.kv_cache),
         "calibration": facts,
         "source": {"path": _CKPT.value, "params_sha256": saving.fingerprint(model.config, model.params)},
     }

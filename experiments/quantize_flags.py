@@ -11,12 +11,22 @@ from experiments import calibration_flags
 
 if TYPE_CHECKING:
     from gptjax.compress.quantize import Method
-    from gptjax.nn.config import QuantConfig, WeightFormat
+    from gptjax.nn.config import ModelConfig
+    from gptjax.nn.formats import QuantConfig, WeightFormat
 
 _FORMATS = ["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
 _METHODS = ["rtn", "smoothquant", "awq", "gptq"]
-_METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.", required=True)
-_WEIGHTS = flags.DEFINE_enum("weights", None, _FORMATS, "The numbers of the layers' kernels.", required=True)
+_METHOD = flags.DEFINE_enum("method", None, _METHODS, "How codes are found; rtn rounds to nearest.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    ["none", *_FORMATS],
+    "The numbers of the layers' kernels; none leaves them as they are.",
+    required=True,
+)
+_KV_CACHE = flags.DEFINE_string(
+    "kv_cache", None, "none, int8, int4, or as int4:g32:asym: of keys and values; as in the model unless told."
+)
 _GROUP_SIZE = flags.DEFINE_integer(
     "group_size", None, "Inputs that share a scale, 0: all of a row; 128 unless told, rows for 8 bits.", lower_bound=0
 )
@@ -40,29 +50,44 @@ _PROPAGATE = flags.DEFINE_float(
 )
 
 
-def rules() -> QuantConfig:
+def rules(model: ModelConfig) -> QuantConfig:
     """What is stored how.
 
     Raises:
-      ValueError: for a format that there is not.
+      ValueError: for a format that there is not, or flags that have no effect.
     """
-    from gptjax.compress import quantize
-    from gptjax.nn.config import WeightFormat
+    from gptjax.nn import quant_spec
+    from gptjax.nn.formats import QuantConfig
 
+    kv_cache = model.kv_cache if _KV_CACHE.value is None else quant_spec.cache_format(_KV_CACHE.value)
+    if _WEIGHTS.value == "none":
+        return QuantConfig(kv_cache=kv_cache)
     dtype: Any = _EMBEDDINGS.value
-    embeddings = None if dtype == "none" else WeightFormat(dtype=dtype)
+    embeddings = None if dtype == "none" else quant_spec.weight_format(dtype)
     activations: Any = "fp8_e4m3" if _ACTIVATIONS.value == "fp8" else _ACTIVATIONS.value
-    return quantize.rules(_weights(), activations=activations, embeddings=embeddings, leave=_LEAVE.value)
+    found = quant_spec.rules(_weights(), activations=activations, embeddings=embeddings, leave=_LEAVE.value)
+    return dataclasses.replace(found, kv_cache=kv_cache)
 
 
 def _weights() -> WeightFormat:
-    from gptjax.nn.config import WeightFormat
+    from gptjax.nn import quant_spec
 
-    dtype: Any = _WEIGHTS.value
-    has_8_bits = dtype in ("int8", "fp8_e4m3")
-    group_size = (0 if has_8_bits else 128) if _GROUP_SIZE.value is None else _GROUP_SIZE.value
-    symmetric = has_8_bits if _CODES.value is None else _CODES.value == "symmetric"
-    return WeightFormat(dtype=dtype, group_size=group_size or None, symmetric=symmetric)
+    parts = [_WEIGHTS.value]
+    if _GROUP_SIZE.value is not None:
+        parts.append(f"g{_GROUP_SIZE.value}" if _GROUP_SIZE.value else "rows")
+    if _CODES.value is not None:
+        parts.append(_CODES.value.removesuffix("metric"))
+    return quant_spec.weight_format(":".join(parts))
+
+
+def _check_cache_alone() -> None:
+    holders = (_METHOD, _GROUP_SIZE, _CODES, _ACTIVATIONS, _EMBEDDINGS, _LEAVE, _SCALING, _ORDER, _SCALES)
+    given = [f"--{flag.name}" for flag in (*holders, _DAMPING, _SEQUENCE) if flag.present]
+    if given:
+        raise ValueError(f"--weights=none leaves kernels as they are; leave out {', '.join(given)}")
+    if _KV_CACHE.value is None:
+        raise ValueError("nothing to do: --weights=none, and no --kv_cache")
+    calibration_flags.check("--weights=none", needed=False)
 
 
 def method() -> Method:
@@ -73,6 +98,11 @@ def method() -> Method:
     """
     from gptjax.compress import quantize
 
+    if _WEIGHTS.value == "none":
+        _check_cache_alone()
+        return quantize.METHODS["rtn"]
+    if _METHOD.value is None:
+        raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
     given = {"scaling": scaling, "sequence": _SEQUENCE.value}

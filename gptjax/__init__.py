@@ -18,6 +18,9 @@ _HOMES = {
     "DataCollatorForLanguageModeling": "gptjax.api",
     "Trainer": "gptjax.api",
     "TrainingArguments": "gptjax.api",
+    "knowledge_distillation": "gptjax.api",
+    "prune_model": "gptjax.api",
+    "quantize_model": "gptjax.api",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -17,18 +17,20 @@ from etils import epath
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Weights
+from gptjax.data import examples
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.eval import perplexity
 from gptjax.infer import generate as generation
 from gptjax.infer.generate import GenerateConfig
 from gptjax.infer.layout import for_decoding
 from gptjax.infer.sampling import SamplingConfig
 from gptjax.interop import formats
 from gptjax.interop import params as foreign_params
-from gptjax.nn import transformer
+from gptjax.nn import cost, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.parallel import rules
-from gptjax.types import Array, Params
+from gptjax.types import Array, Batch, Params
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -40,15 +42,17 @@ class Model:
     Attributes:
       tokenizer: None where the checkpoint has none; tokens then take the place of text.
       meta: what the checkpoint says of its origin; None for a model made in memory.
+      original: the model that it was made from by compressing it, which `evaluate` scores too.
     """
 
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None = None
     meta: Meta | None = None
+    original: Model | None = None
 
     def __repr__(self) -> str:
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        size = cost.count(self.config).total
         step = "" if self.meta is None else f", step {self.meta.step}"
         pieces = "no tokenizer" if self.tokenizer is None else f"{self.tokenizer.kind} tokenizer"
         return f"<gptjax.Model: {size:,} parameters, {pieces}{step}>"
@@ -62,6 +66,28 @@ class Model:
           ValueError: for tokens that are none of this model's; see `checked_tokens`.
         """
         return _logits(self.config, self.params, checked_tokens(self.config, tokens))
+
+    def evaluate(self, dataset: Sequence[Any], *, batch_size: int = 8) -> dict[str, float]:
+        """`loss` (nats a token), `perplexity` and `accuracy` over all targets of a data set.
+
+        Of a compressed model also `original_loss` and so on: those of the model that it was made from.
+
+        Args:
+          dataset: examples, each of them token ids, a mapping with `input_ids`, or text.
+          batch_size: rows that are scored at once.
+
+        Raises:
+          ValueError: for examples that do not fit the model, or with nothing to predict, and for a bidirectional model.
+        """
+        found = [*examples.rows(dataset, self.tokenizer, seq_len=self.config.seq_len)]
+        found = [checked_tokens(self.config, ids[None])[0] for ids in found if len(ids) > 1]
+        length = max(map(len, found), default=0)
+        starts = range(0, len(found), batch_size)
+        batches = [examples.batch(found[i : i + batch_size], length=length, shift=1) for i in starts]
+        figures = _figures(self, batches)
+        if self.original is not None:
+            figures |= {f"original_{name}": value for name, value in _figures(self.original, batches).items()}
+        return figures
 
     @overload
     def generate(self, prompt: str, **options: Any) -> str: ...
@@ -167,6 +193,15 @@ class Model:
                 "this model has no tokenizer; import or train it with one, or give complete() and logits() tokens"
             )
         return self.tokenizer
+
+
+def _figures(model: Model, batches: Sequence[Batch]) -> dict[str, float]:
+    found = perplexity.evaluate(model.config, model.params, batches)
+    return {
+        "loss": found.loss,
+        "perplexity": perplexity.perplexity(found.nats, found.tokens),
+        "accuracy": found.accuracy,
+    }
 
 
 def checked_tokens(config: ModelConfig, tokens: Any) -> np.ndarray:

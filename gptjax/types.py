@@ -33,7 +33,7 @@ class Batch:
       loss_mask: float32 weight of each target; 0 at padding and wherever no loss is wanted.
       segment_ids: int32 document number within the row, from 1; 0 marks padding.
       positions: int32 position within the document, from 0.
-      teacher: what a teacher said of each position, a tree of `[B, T, ...]`; empty where none did.
+      notes: what a task has to say of each position, a tree of `[B, T, ...]`; mostly nothing.
     """
 
     tokens: Array
@@ -41,7 +41,7 @@ class Batch:
     loss_mask: Array
     segment_ids: Array
     positions: Array
-    teacher: Any = ()
+    notes: Any = ()
 
 
 class Mean(NamedTuple):

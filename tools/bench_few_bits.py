@@ -31,7 +31,7 @@ import gptjax  # noqa: E402
 from gptjax.infer.generate import GenerateConfig, generate  # noqa: E402
 from gptjax.infer.layout import for_decoding  # noqa: E402
 from gptjax.nn import linear, quantized, transformer  # noqa: E402
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat  # noqa: E402
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat  # noqa: E402
 from gptjax.nn.quantized import Layout  # noqa: E402
 
 _CKPT = flags.DEFINE_string("ckpt", None, "Measure this model too.")

@@ -129,6 +129,35 @@ _INTRODUCTION = (
 )
 
 
+_FEW_BITS = (
+    "## Kernels in few bits",
+    "",
+    "A checkpoint in few bits goes to GGUF as blocks of its own codes, so that the file's values are the",
+    "checkpoint's to the bit; both are read back and compared. A block has 32 inputs, so groups (or rows) must be",
+    "multiples of that.",
+    "",
+    "| codes | blocks | bits |",
+    "|---|---|---:|",
+    "| int2, int3; int4 without zeros | Q4_0 | 4.5 |",
+    "| int4 with zeros | Q4_1 | 5.0 |",
+    "| int5 without zeros | Q5_0 | 5.5 |",
+    "| int5 with zeros; int6; int8 without zeros | Q8_0 | 8.5 |",
+    "| int8 with zeros, fp8_e4m3, other group sizes | none |  |",
+    "",
+    "What no block holds is refused by name, or written as floats with `--few_bits=blocks_or_f32` (the same values)",
+    "or `blocks_or_f16`. `--quantization` says what becomes of kernels that are floats, f16 unless told. Inputs",
+    "that the checkpoint rounds (`activations`) are not rounded so there: llama.cpp rounds those of every block",
+    "product to 8 bits, 32 at a time, and transformers none. The certificate compares with the same model here",
+    "without, and a note says how far that is from the checkpoint. To `hf` kernels in few bits are the floats that",
+    "they stand for; programs (stablehlo, saved_model, onnx) are not written from them. What was done to a model",
+    "goes along: in the certificate, in GGUF's metadata (`gptjax.lineage` and `general.description`), and in the",
+    "model card beside `hf`.",
+    "",
+    "With `--text=<held-out text>` the certificate also has the perplexity of 8,192 tokens by the checkpoint, by",
+    "the values that were written, and by the peer, whose has to be within 1 %.",
+)
+
+
 def main(argv: list[str]) -> None:
     del argv
     names = _FAMILIES.value or list(FAMILIES)
@@ -221,6 +250,8 @@ def _page(cells: dict[str, dict[str, str]], referees: dict[str, str]) -> str:
         *(f"- {label}: {peer}" for label, peer in referees.items()),
         "",
         *(f"- {name} is {reason}" for name, reasons in refusals.items() for reason in sorted(reasons)),
+        "",
+        *_FEW_BITS,
         "",
     ]
     return "\n".join(lines)

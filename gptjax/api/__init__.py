@@ -5,6 +5,7 @@ Thin: the tokenizer is `data.tokenizer`, the model `nn` and `infer`, training `t
 """
 
 from gptjax.api.arguments import TrainingArguments
+from gptjax.api.compress import knowledge_distillation, prune_model, quantize_model
 from gptjax.api.model import GPT4LMHeadModel
 from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer, TextDataset
 from gptjax.api.trainer import Trainer
@@ -16,4 +17,7 @@ __all__ = [
     "TextDataset",
     "Trainer",
     "TrainingArguments",
+    "knowledge_distillation",
+    "prune_model",
+    "quantize_model",
 ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from gptjax.checkpoint import store
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
 from gptjax.model import Model, check_length, load
-from gptjax.nn import transformer
+from gptjax.nn import cost, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.spec import ModelSpec
 from gptjax.types import Array, Params
@@ -36,12 +36,27 @@ class LMOutput(NamedTuple):
 
 
 class GPT4LMHeadModel:
-    """A language model: `config` and `params` as in all of gptjax, `tokenizer` where it is known."""
+    """A language model: `config` and `params` as in all of gptjax, `tokenizer` where it is known.
 
-    def __init__(self, config: ModelConfig, params: Params, *, tokenizer: GPT4Tokenizer | None = None) -> None:
+    Attributes:
+      lineage: what was done to make it, oldest first, which checkpoints keep.
+      original: the model that it was made from by compressing it, which `evaluate` scores too.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        tokenizer: GPT4Tokenizer | None = None,
+        lineage: Sequence[Mapping[str, Any]] = (),
+        original: GPT4LMHeadModel | None = None,
+    ) -> None:
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
+        self.lineage = tuple(lineage)
+        self.original = original
         self._made: Model | None = None
 
     def __repr__(self) -> str:
@@ -80,7 +95,8 @@ class GPT4LMHeadModel:
         presets.check_there(path)
         found = load(path)
         tokenizer = GPT4Tokenizer(found.tokenizer) if found.tokenizer else None
-        return cls(found.config, found.params, tokenizer=tokenizer)
+        lineage = () if found.meta is None else found.meta.lineage
+        return cls(found.config, found.params, tokenizer=tokenizer, lineage=lineage)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint, with the tokenizer where there is one, as step 0 of a new workdir.
@@ -94,7 +110,9 @@ class GPT4LMHeadModel:
                 raise ValueError(f"{directory}: holds a checkpoint already, which is not overwritten; choose another")
             inner = self.tokenizer.inner if self.tokenizer else None
             meta = meta_lib.make(
-                self.config, tokenizer=inner.fingerprint if inner else "", lineage=({"stage": "save_pretrained"},)
+                self.config,
+                tokenizer=inner.fingerprint if inner else "",
+                lineage=(*self.lineage, {"stage": "save_pretrained"}),
             )
             assets = {tokenizer_lib.FILE_NAME: inner.to_bytes()} if inner else {}
             writer.save(0, meta=meta, params=self.params, assets=assets)
@@ -135,11 +153,16 @@ class GPT4LMHeadModel:
           options: the others of `gptjax.Model.options`: temperature, top_k, top_p, seed and so on.
         """
         prompts = _prompts(input_ids)
-        completions = self._generator().complete(prompts, max_new_tokens=max_new_tokens, **options)
+        completions = self.inner().complete(prompts, max_new_tokens=max_new_tokens, **options)
         return [[*prompt, *completion.tokens] for prompt, completion in zip(prompts, completions, strict=True)]
 
-    def _generator(self) -> Model:
-        """One for as long as the parameters are these: it keeps them laid out for decoding."""
+    def evaluate(self, dataset: Sequence[Any], *, batch_size: int = 8) -> dict[str, float]:
+        """`loss`, `perplexity` and `accuracy`, beside those of the original; as `gptjax.Model.evaluate`."""
+        original = None if self.original is None else self.original.inner()
+        return dataclasses.replace(self.inner(), original=original).evaluate(dataset, batch_size=batch_size)
+
+    def inner(self) -> Model:
+        """The same as gptjax's own value: one for as long as the parameters are these, laid out for decoding once."""
         inner = self.tokenizer.inner if self.tokenizer else None
         made = self._made
         if made is None or made.params is not self.params or (made.config, made.tokenizer) != (self.config, inner):
@@ -147,7 +170,7 @@ class GPT4LMHeadModel:
         return made
 
     def num_parameters(self) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.params))
+        return cost.count(self.config).total
 
 
 @functools.partial(jax.jit, static_argnums=0)

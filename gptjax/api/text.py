@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from gptjax.api import presets
 from gptjax.checkpoint import store
-from gptjax.data import packing, tokenizer
+from gptjax.data import examples as example_rows
+from gptjax.data import tokenizer
+from gptjax.data.examples import token_ids
 from gptjax.nn.config import ModelConfig
 from gptjax.train import objective
 from gptjax.types import Batch, Objective
@@ -148,17 +150,8 @@ class DataCollatorForLanguageModeling:
           length: of the rows; None is that of the longest example.
         """
         rows = [token_ids(each) for each in examples]
-        batch = packing.empty_batch(len(rows), length or max(map(len, rows)))
-        arrays: Any = batch
-        for row, ids in enumerate(rows):
-            # Row by row the next token, whose last one is unknown; a masked model predicts the token itself.
-            targets = ids if self.mlm else ids[1:]
-            arrays.tokens[row, : len(ids)] = ids
-            arrays.targets[row, : len(targets)] = targets
-            arrays.loss_mask[row, : len(targets)] = 1.0
-            arrays.segment_ids[row, : len(ids)] = 1
-            arrays.positions[row, : len(ids)] = np.arange(len(ids))
-        return batch
+        # Row by row the next token, whose last one is unknown; a masked model predicts the token itself.
+        return example_rows.batch(rows, length=length or max(map(len, rows)), shift=0 if self.mlm else 1)
 
     def model_config(self, config: ModelConfig) -> ModelConfig:
         """The model as this training uses it: a masked one sees both sides, another only what is before."""
@@ -177,19 +170,6 @@ class DataCollatorForLanguageModeling:
             special_ids=sorted(inner.special_ids),
             fraction=self.mlm_probability,
         )
-
-
-def token_ids(example: Any) -> np.ndarray:
-    """The ids of an example, which is a sequence of them or a mapping with `input_ids`; int32 `[length]`.
-
-    Raises:
-      ValueError: for anything else.
-    """
-    ids = example.get("input_ids") if isinstance(example, Mapping) else example
-    found = np.asarray(ids)
-    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
-        raise ValueError(f"example {example!r:.80}: expected token ids, or a mapping with them as `input_ids`")
-    return found.astype(np.int32)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from gptjax import lock
 from gptjax.api.arguments import TrainingArguments
 from gptjax.api.model import GPT4LMHeadModel
-from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer, token_ids
+from gptjax.api.text import DataCollatorForLanguageModeling, GPT4Tokenizer
 from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data import mixture
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.examples import token_ids
 from gptjax.eval import perplexity
 from gptjax.nn import transformer
 from gptjax.optim import build
@@ -34,7 +35,7 @@ from gptjax.train.evaluate import EvaluateFn, evaluator
 from gptjax.train.metrics import MetricsWriter
 from gptjax.train.resume import resume
 from gptjax.train.state import TrainState
-from gptjax.types import Batch, Params
+from gptjax.types import Batch, Objective, Params
 
 _ALL_DEVICES = mesh_lib.all_devices("data")
 
@@ -114,12 +115,13 @@ class Trainer:
             optimizer, state = self._start(mesh, store, num_steps)
             start_step = int(state.step)
             result = loop.fit(
-                self.data_collator.objective(self.model.config),
+                self._objective(),
                 optimizer,
                 state,
                 self._train_batches(
                     mesh, dataset, length=length, batch_size=batch_size, num_rows=num_rows, start_step=start_step
                 ),
+                frozen=self._frozen(mesh),
                 num_steps=num_steps,
                 seed=args.seed,
                 accumulate_steps=args.gradient_accumulation_steps,
@@ -137,6 +139,15 @@ class Trainer:
     def save_model(self, output_dir: str | os.PathLike[str] | None = None) -> None:
         """Writes model and tokenizer for `from_pretrained`; to `output_dir/model` unless told."""
         self.model.save_pretrained(output_dir or os.path.join(self.args.output_dir, "model"))
+
+    def _objective(self) -> Objective:
+        """What is minimised."""
+        return self.data_collator.objective(self.model.config)
+
+    def _frozen(self, mesh: Mesh) -> Any:
+        """The objective's second argument, on the mesh."""
+        del mesh
+        return ()
 
     def _evaluate(self, params: Params, eval_dataset: Sequence[Any] | None = None) -> dict[str, float]:
         dataset = _required(self.eval_dataset if eval_dataset is None else eval_dataset, "eval_dataset")
@@ -202,7 +213,12 @@ class Trainer:
         self, store: CheckpointStore, num_steps: int, *, start_step: int, steps_per_epoch: int
     ) -> list[hooks.Hook]:
         args = self.args
-        meta = meta_lib.make(self.model.config, run=args.to_dict(), tokenizer=self.tokenizer.inner.fingerprint)
+        meta = meta_lib.make(
+            self.model.config,
+            run=args.to_dict(),
+            tokenizer=self.tokenizer.inner.fingerprint,
+            lineage=self.model.lineage,
+        )
         assets = {tokenizer_lib.FILE_NAME: self.tokenizer.inner.to_bytes()}
 
         def save(step: int, state: TrainState) -> None:

@@ -22,6 +22,8 @@ _DICT_KEY = 2  # Orbax's KeyType.DICT
 
 def bit_sum(values: np.ndarray) -> int:
     """`arrays.checksums` of a part of an array; those of the parts add up modulo 2^32 to that of the whole."""
+    if values.dtype.kind == "i":  # with their sign
+        return int(values.sum(dtype=np.int64)) & 0xFFFFFFFF
     unsigned = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
     return int(unsigned.sum(dtype=np.uint64)) & 0xFFFFFFFF
 

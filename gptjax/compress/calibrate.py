@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gptjax.kernels.grouped import Groups, grouped_matmul
 from gptjax.nn import quantized, taps, transformer
-from gptjax.nn.block import Block
+from gptjax.nn.block import Block, Stream
 from gptjax.nn.config import BlockConfig, LayerGroup, ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.nn.taps import Seen, Tapped
@@ -98,7 +98,6 @@ def walk(
     *,
     sequence: Sequence_ = "stage",
     prepare: Prepare | None = None,
-    clip: float | None = None,
     against: Against = "none",
     told: Callable[[int], None] = lambda layer: None,
 ) -> Params:
@@ -109,18 +108,16 @@ def walk(
       batches: int32 tokens `[B, T]` each, all of one shape.
       sequence: what a kernel's inputs come from: `stage`, all before it as treated; `layer`, all layers before it as
         treated; `none`, the model as it was.
-      clip: rows longer than this many times the median row count as if they were that long: a few tokens (attention
-        sinks) are otherwise most of a Hessian.
       against: `original` runs the model as it was beside the treated one, and gives `Inputs.drift`.
       told: called with the number of layers that are done.
 
     Raises:
       ValueError: for inputs that are not finite.
     """
-    assert cfg.quant is None, "kernels are floats before they are treated"
+    assert cfg.quant is None or not cfg.quant.rules, "kernels are floats before they are treated"
     embedded = [_embed(cfg, params, tokens) for tokens in batches]
     xs = [_Hidden(x, x if against == "original" else None) for x in embedded]
-    walker = _Walker(cfg, treat, sequence, prepare, clip)
+    walker = _Walker(cfg, treat, sequence, prepare)
     out, layer = dict(params), 0
     for i, group in enumerate(cfg.groups):
         name = f"group_{i}"
@@ -143,10 +140,10 @@ def walk(
 
 
 class _Hidden(NamedTuple):
-    """Hidden states of one batch in the treated model, and in the model as it was where that is asked for."""
+    """What goes from layer to layer of one batch, in the treated model, and in the model as it was if asked for."""
 
-    x_BTD: Array
-    original_BTD: Array | None
+    stream: Stream
+    original: Stream | None
 
 
 _Known = tuple[dict[str, Array], dict[str, Array]]
@@ -158,7 +155,6 @@ class _Walker(NamedTuple):
     treat: Treat
     sequence: Sequence_
     prepare: Prepare | None
-    clip: float | None
 
     def layer(
         self, prefix: str, block: BlockConfig, weights: Params, xs: list[_Hidden], layer: int
@@ -229,9 +225,7 @@ class _Walker(NamedTuple):
         """What the kernels at `paths` see; `weights` are the treated and the original ones. Adds to `known`."""
         total: dict[str, Inputs] | None = None
         for i, x in enumerate(xs):
-            found, ends = _look(
-                self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i], self.clip
-            )
+            found, ends = _look(self.cfg, block, tuple(paths), weights, x, ({}, {}) if known is None else known[i])
             total = found if total is None else _added(total, found)
             if known is not None:
                 known[i] = tuple(old | new for old, new in zip(known[i], ends, strict=True))  # type: ignore[assignment]
@@ -254,9 +248,9 @@ class _Walker(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+def _embed(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Stream:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)  # type: ignore[return-value]
+    return Stream(transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT))  # type: ignore[arg-type]
 
 
 def _run(
@@ -264,29 +258,30 @@ def _run(
     block: BlockConfig,
     paths: Sequence[str],
     weights: Params,
-    x_BTD: Array,
+    stream: Stream,
     known: Mapping[str, Array],
-) -> tuple[Array, dict[str, Seen]]:
+) -> tuple[Stream, dict[str, Seen]]:
     """One layer on one batch, and the inputs of its kernels at `paths`; those in `known` are not computed again."""
+    x_BTD = stream.x_BTD
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     for path in {*paths, *known}:
         weights = replaced(weights, path, Tapped(at(weights, path), path, known.get(path)))
     # Inputs cannot leave the manual regions of a mesh; the compiler splits what is inside by itself.
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
-        y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, x_BTD, ctx, None)  # type: ignore[misc]
-    return y_BTD, found
+        after, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, stream, ctx, None)  # type: ignore[misc]
+    return after, found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pass(cfg: ModelConfig, block: BlockConfig, weights: tuple[Params, Params], x: _Hidden, known: _Known) -> _Hidden:
-    own, _ = _run(cfg, block, (), weights[0], x.x_BTD, known[0])
-    if x.original_BTD is None:
+    own, _ = _run(cfg, block, (), weights[0], x.stream, known[0])
+    if x.original is None:
         return _Hidden(own, None)
-    return _Hidden(own, _run(cfg, block, (), weights[1], x.original_BTD, known[1])[0])
+    return _Hidden(own, _run(cfg, block, (), weights[1], x.original, known[1])[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _look(
     cfg: ModelConfig,
     block: BlockConfig,
@@ -294,36 +289,29 @@ def _look(
     weights: tuple[Params, Params],
     x: _Hidden,
     known: _Known,
-    clip: float | None,
 ) -> tuple[dict[str, Inputs], _Known]:
     """The inputs alone: the compiler leaves out what of the layer comes after them.
 
     Returns:
       `(inputs, ends)`: those of the last kernel of each branch are also given as they are.
     """
-    seen = _run(cfg, block, paths, weights[0], x.x_BTD, known[0])[1]
+    seen = _run(cfg, block, paths, weights[0], x.stream, known[0])[1]
     wanted: dict[str, Seen] = {}
-    if x.original_BTD is not None:
-        wanted = _run(cfg, block, paths, weights[1], x.original_BTD, known[1])[1]
-    inputs = {path: _summary(seen[path], wanted.get(path), clip) for path in paths}
+    if x.original is not None:
+        wanted = _run(cfg, block, paths, weights[1], x.original, known[1])[1]
+    inputs = {path: _summary(seen[path], wanted.get(path)) for path in paths}
     ends = [path for path in paths if path.endswith(_ENDS)]
     return inputs, tuple({path: of[path].x for path in ends if path in of} for of in (seen, wanted))  # type: ignore[return-value]
 
 
-def _summary(seen: Seen, wanted: Seen | None, clip: float | None) -> Inputs:
+def _summary(seen: Seen, wanted: Seen | None) -> Inputs:
     x_MI = seen.rows_MI.astype(jnp.float32)
-    weight_M1 = jnp.ones((x_MI.shape[0], 1))
-    if clip is not None:
-        norm_M = jnp.linalg.norm(x_MI, axis=1)
-        limit = clip * jnp.nanmedian(jnp.where(norm_M > 0, norm_M, jnp.nan))
-        weight_M1 = jnp.minimum(1.0, limit / jnp.maximum(norm_M, 1e-30))[:, None]
-        x_MI = x_MI * weight_M1
     size = jnp.abs(x_MI)
     if seen.groups is not None:
         return _summary_by_expert(x_MI, size, seen.groups)
     drift = None
     if wanted is not None:
-        drift = _product(wanted.rows_MI.astype(jnp.float32) * weight_M1 - x_MI, x_MI)
+        drift = _product(wanted.rows_MI.astype(jnp.float32) - x_MI, x_MI)
     count = jnp.asarray(x_MI.shape[0], jnp.float32)
     return Inputs(_gram(x_MI), size.sum(0), size.max(0), count, x_MI[:: _stride(x_MI)], drift)
 
@@ -381,7 +369,10 @@ def _kernels(weights: Params) -> list[str]:
 def _stages(weights: Params) -> list[list[str]]:
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=quantized.is_quantized)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-    found = [[f"{name}/kernel" for name in stage if f"{name}/kernel" in paths] for stage in _STAGES]
+    found = []
+    for stage in _STAGES:
+        for parts in (("kernel", "kernel/reduce"), ("kernel/expand",)):
+            found.append([f"{name}/{part}" for name in stage for part in parts if f"{name}/{part}" in paths])
     return [stage for stage in found if stage]
 
 

@@ -22,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 
 from gptjax.compress import scales
 from gptjax.nn import quantized
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.formats import WeightFormat
 from gptjax.types import Array
 
 _MAX_BLOCK = 128

@@ -13,7 +13,6 @@ stay, as do norms and biases.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,13 +21,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.compress import calibrate, sparsegpt
+from gptjax.compress import calibrate, gptq, sensitivity, sparsegpt
 from gptjax.compress.calibrate import Inputs, Site
-from gptjax.nn import quantized, transformer
+from gptjax.compress.sparsegpt import SparseGPT
+from gptjax.nn import quantized, storage, transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.quantized import Layout
 from gptjax.optim import sparsity as sparsity_lib
 from gptjax.optim.sparsity import Sparsity
+from gptjax.parallel import rules
 from gptjax.types import Array, Params
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -41,15 +42,16 @@ def prune(
     *,
     method: Method,
     sparsity: Sparsity,
+    config: SparseGPT | None = None,
     sequence: calibrate.Sequence_ = "stage",
-    clip: float | None = None,
     told: Callable[[int], None] = lambda layer: None,
 ) -> tuple[ModelConfig, Params]:
     """The model with its layers' kernels pruned.
 
     Args:
       batches: int32 calibration tokens `[B, T]` each, all of one shape; magnitude takes none.
-      sequence, clip, told: see `calibrate.walk`.
+      config: of sparsegpt.
+      sequence, told: see `calibrate.walk`.
 
     Raises:
       ValueError: for a quantised model, for n:m that does not divide a kernel's inputs, and without text where the
@@ -60,22 +62,34 @@ def prune(
         return cfg, _by_magnitude(cfg, params, sparsity)
     if not batches:
         raise ValueError(f"method={method}: needs calibration text; give some, or use magnitude")
+    config = SparseGPT() if config is None else config
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
+    found = sensitivity.Sensitivity({}, {})
+    # Of n:m each group has its own, which competes with no other's.
+    if method == "sparsegpt" and config.costs == "loss" and sparsity.group is None and cfg.causal:
+        found = sensitivity.measure(plain, params, batches, pruned_layouts(cfg), fraction=sparsity.fraction)
 
     def treat(site: Site, kernel: Array, inputs: Inputs) -> Array:
         rows = site.layout.to_rows(kernel)
         flat = rows.reshape(*inputs.hessian.shape[:-2], -1, rows.shape[-1])
-        pruned = _by_inputs(flat, inputs, sparsity) if method == "wanda" else _by_hessian(flat, inputs, sparsity)
+        if method == "wanda":
+            pruned = by_inputs(flat, inputs, sparsity)
+        else:
+            key = site.path, site.layer
+            flat, inputs, weight = rules.on_each_device((flat, inputs, found.outputs.get(key)))
+            pruned = _by_hessian(flat, inputs, weight, sparsity, config, found.fractions.get(key))
         return site.layout.from_rows(pruned.reshape(rows.shape))
 
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
-    return cfg, calibrate.walk(plain, params, batches, treat, sequence=sequence, clip=clip, told=told)
+    against: calibrate.Against = "original" if method == "sparsegpt" and config.aim else "none"
+    done = calibrate.walk(plain, params, batches, treat, sequence=sequence, against=against, told=told)
+    return cfg, done
 
 
 def check(cfg: ModelConfig, sparsity: Sparsity) -> None:
     """Raises:
     ValueError: if the model cannot be pruned so.
     """
-    if cfg.quant is not None and cfg.quant.stage == "stored":
+    if cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: prune the model that they were made from")
     for path, layout in pruned_layouts(cfg).items():
         sparsity_lib.check(sparsity, layout.num_inputs, path=path)
@@ -92,7 +106,7 @@ def why_left(path: str) -> str | None:
         return "embeddings and head stay"
     if "/router/" in path:
         return "a router decides by small differences"
-    if not path.endswith("/kernel"):
+    if not path.endswith(("/kernel", "/kernel/reduce", "/kernel/expand")):
         return "not a kernel"
     return None
 
@@ -141,7 +155,8 @@ def _smallest_removed(kernel: Array, layout: Layout, sparsity: Sparsity) -> Arra
     return layout.from_rows(jnp.where(stay, flat, 0).reshape(rows.shape))
 
 
-def _by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
+def by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
+    """The rows `[*experts, outputs, inputs]` as Wanda prunes them."""
     norm = jnp.sqrt(jnp.diagonal(inputs.hessian, axis1=-2, axis2=-1))
     # An expert that the text never reached is pruned by magnitude.
     norm = jnp.where(norm.any(-1, keepdims=True), norm, 1.0)
@@ -149,5 +164,14 @@ def _by_inputs(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
     return jnp.where(stay, rows, 0)
 
 
-def _by_hessian(rows: Array, inputs: Inputs, sparsity: Sparsity) -> Array:
-    return sparsegpt.prune(rows, inputs.hessian, sparsity)
+def _by_hessian(
+    rows: Array,
+    inputs: Inputs,
+    weight: Array | None,
+    sparsity: Sparsity,
+    config: SparseGPT,
+    fraction: float | None,
+) -> Array:
+    if inputs.drift is not None:
+        rows = gptq.aimed(rows, inputs.hessian, inputs.drift, strength=config.aim, damping=config.damping)
+    return sparsegpt.prune(rows, inputs.hessian, sparsity, config=config, weight=weight, fraction=fraction)

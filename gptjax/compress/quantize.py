@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,15 +14,13 @@ import jax.numpy as jnp
 from gptjax.compress import calibrate, gptq, scales, scaling
 from gptjax.compress.calibrate import Inputs, Site
 from gptjax.compress.gptq import GPTQ
-from gptjax.nn import quantized, storage, transformer
-from gptjax.nn.config import KernelRule, ModelConfig, QuantConfig, WeightFormat
+from gptjax.nn import cost, quant_spec, quantized, storage, transformer
+from gptjax.nn.config import ModelConfig, uses_others_kv
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.quant_spec import EMBEDDINGS, with_cache
 from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules as mesh_rules
 from gptjax.types import Array, Params
-
-LAYERS = r"^group_\d+/(?!.*router)"
-"""The kernels of all layers but routers, which decide by small differences."""
-EMBEDDINGS = r"^(embed/tokens|head/kernel)$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,40 +91,47 @@ class Result(NamedTuple):
     notes: tuple[str, ...]
 
 
-def rules(
-    weights: WeightFormat,
-    *,
-    activations: Literal["none", "int8", "fp8_e4m3"] = "none",
-    embeddings: WeightFormat | None = None,
-    leave: str | None = None,
-) -> QuantConfig:
-    """The rules of a model whose layers' kernels are in one format.
-
-    Args:
-      embeddings: of the token table and the head, which are always rounded to nearest.
-      leave: regular expression of the paths of kernels that stay as they are.
-    """
-    found = [] if leave is None else [KernelRule(pattern=leave)]
-    found.append(KernelRule(pattern=LAYERS, weights=weights, activations=activations))
-    if embeddings is not None:
-        found.append(KernelRule(pattern=EMBEDDINGS, weights=embeddings))
-    return QuantConfig(rules=tuple(found))
-
-
 def check(cfg: ModelConfig, quant: QuantConfig, *, method: Method) -> None:
     """Whether a model can be stored so, before anything is read or computed.
 
     Raises:
       ValueError: naming what stands in the way.
     """
-    if cfg.quant is not None:
-        kind = "is in few bits already" if cfg.quant.stage == "stored" else "was trained for few bits by its own rules"
-        raise ValueError(f"this model {kind} ({_said(cfg.quant.rules)}); start from the checkpoint in floats")
+    if not quant.rules:
+        with_cache(cfg, quant.kv_cache)  # which checks
+        return
+    if cfg.quant is not None and cfg.quant.rules:
+        _check_trained(cfg, cfg.quant, quant, method)
+    storage.check(quant, transformer.layouts(cfg))
     shapes = transformer.abstract_params(dataclasses.replace(cfg, quant=quant))
     if not any(map(quantized.is_quantized, jax.tree.leaves(shapes, is_leaf=quantized.is_quantized))):
         raise ValueError(f"no kernel is left to be stored in few bits by {_said(quant.rules)}")
+    if method.scaling != "none" and any(map(uses_others_kv, cfg.blocks)):
+        raise ValueError(f"scaling={method.scaling}: values that several layers use cannot be scaled; use rtn or gptq")
+    if method.scaling != "none" and cfg.low_rank:
+        raise ValueError(f"scaling={method.scaling}: kernels in two factors cannot be scaled; use rtn or gptq")
     if method.scaling == "smoothquant" and all(rule.activations == "none" for rule in quant.rules):
         raise ValueError("smoothquant makes activations easier to round, and none are; give activations=int8")
+
+
+def _check_trained(cfg: ModelConfig, own: QuantConfig, quant: QuantConfig, method: Method) -> None:
+    """Training for few bits is ended by storing what it rounded to."""
+    if own.stage == "stored":
+        raise ValueError(
+            f"this model is in few bits already ({_said(own.rules)}); start from the checkpoint in floats, or change "
+            "its cache alone (weights=none)"
+        )
+    for path in transformer.layouts(cfg):
+        trained, wanted = storage.rule_for(own, path), storage.rule_for(quant, path)
+        if (trained and (trained.weights, trained.activations)) != (wanted and (wanted.weights, wanted.activations)):
+            raise ValueError(
+                f"{path}: this model was trained for few bits by its own rules ({_said(own.rules)}), which are not "
+                f"those asked for ({_said(quant.rules)}); store it in the format that it was trained for"
+            )
+    if method.is_calibrated:
+        raise ValueError(
+            f"{_names(method)}: this model was trained with kernels rounded to nearest; store them so, by method=rtn"
+        )
 
 
 def quantize(
@@ -138,9 +143,11 @@ def quantize(
     batches: Sequence[Array] = (),
     told: Callable[[int], None] = lambda layer: None,
 ) -> Result:
-    """Stores kernels in few bits.
+    """Stores kernels in few bits, and says so of keys and values.
 
     Args:
+      cfg: of floats, or of a model that was trained for these rules; of any kernels where there are no rules.
+      quant: without rules kernels stay as they are.
       params: floats; untouched.
       batches: calibration tokens `[B, T]` each, of one shape; none for a method that does not look at any.
       told: called with the number of layers that are done.
@@ -149,6 +156,10 @@ def quantize(
       ValueError: from `check`; for parameters or inputs of kernels that are not finite.
     """
     check(cfg, quant, method=method)
+    if not quant.rules:
+        leaves = _leaves(quant, params, params, _Treated(quant, method, {}, {}, []))
+        model = with_cache(cfg, quant.kv_cache)
+        return Result(model, params, leaves, tuple(_cache_notes(cfg, model)))
     _check_finite(params)
     if method.is_calibrated and not batches:
         raise ValueError(f"{method.rounding} rounding with scaling={method.scaling} needs calibration text; got none")
@@ -158,7 +169,7 @@ def quantize(
     if method.is_calibrated:
         prepare = _prepare(quant, method)
         done = calibrate.walk(
-            cfg,
+            with_cache(cfg, quant.kv_cache),
             params,
             batches,
             treated.treat,
@@ -170,7 +181,7 @@ def quantize(
     done = storage.store(quant, done, transformer.layouts(cfg))
     wanted: Any = transformer.abstract_params(model)
     assert jax.tree.structure(done) == jax.tree.structure(wanted), "every rule is met"  # type: ignore[operator]
-    return Result(model, done, _leaves(quant, params, done, treated), tuple(treated.notes))
+    return Result(model, done, _leaves(quant, params, done, treated), (*treated.notes, *_cache_notes(cfg, model)))
 
 
 class _Treated(NamedTuple):
@@ -190,7 +201,7 @@ class _Treated(NamedTuple):
         rows = site.layout.to_rows(kernel.astype(jnp.float32))
         lead = inputs.hessian.shape[:-2]
         flat = rows.reshape(*lead, -1, rows.shape[-1])
-        flat, hessian, drift = _on_each_device((flat, inputs.hessian, inputs.drift))
+        flat, hessian, drift = mesh_rules.on_each_device((flat, inputs.hessian, inputs.drift))
         if drift is not None:
             flat = gptq.aimed(flat, hessian, drift, strength=method.propagate, damping=method.gptq.damping)
         if method.rounding == "gptq":
@@ -223,13 +234,6 @@ class _Treated(NamedTuple):
             )
 
 
-def _on_each_device(arrays: Any) -> Any:
-    """Whole on every device of a mesh: inputs are rounded in turn, and would be sent round for each of them."""
-    if mesh_rules.current_mesh() is None:
-        return arrays
-    return jax.device_put(arrays, mesh_rules.replicated(jax.sharding.get_mesh()))
-
-
 def _prepare(quant: QuantConfig, method: Method) -> calibrate.Prepare | None:
     if method.scaling == "none":
         return None
@@ -245,6 +249,12 @@ def _relative_error(
     return scaling.output_error(error, hessian).sum() / jnp.where(total == 0, 1, total)
 
 
+def _cache_notes(before: ModelConfig, after: ModelConfig) -> Iterator[str]:
+    if before.kv_cache != after.kv_cache:
+        old, new = (cost.cache_bytes_per_token(cfg) for cfg in (before, after))
+        yield f"keys and values, {quant_spec.said(after.kv_cache)}: {old:,} -> {new:,} bytes a token"
+
+
 def _check_finite(params: Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not bool(jnp.isfinite(leaf).all()):
@@ -252,24 +262,26 @@ def _check_finite(params: Params) -> None:
 
 
 def _leaves(quant: QuantConfig, before: Params, after: Params, treated: _Treated) -> tuple[Leaf, ...]:
-    old = {storage.name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(before)}
+    leaves = jax.tree_util.tree_leaves_with_path(before, is_leaf=quantized.is_quantized)
+    old = {storage.name(path): leaf for path, leaf in leaves}
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(after, is_leaf=quantized.is_quantized):
         name = storage.name(path)
-        sizes = (old[name].nbytes, sum(array.nbytes for array in jax.tree.leaves(leaf)))
-        if not quantized.is_quantized(leaf):
-            found.append(Leaf(name, "left", _why(quant, name, leaf), *sizes, None))
+        old_bytes, new_bytes = (sum(array.nbytes for array in jax.tree.leaves(part)) for part in (old[name], leaf))
+        if not quantized.is_quantized(leaf) or quantized.is_quantized(old[name]):
+            why = _why(quant, name) if quant.rules else "only the cache was asked for"
+            found.append(Leaf(name, "left", why, old_bytes, new_bytes, None))
             continue
         errors = treated.errors.get(name)
         error = None if errors is None else sum(errors) / len(errors)
         how = f"{_format(leaf.format)}, {treated.how.get(name, 'nearest')}"
-        found.append(Leaf(name, how, "", *sizes, error))
+        found.append(Leaf(name, how, "", old_bytes, new_bytes, error))
     return tuple(found)
 
 
-def _why(quant: QuantConfig, path: str, leaf: Any) -> str:
+def _why(quant: QuantConfig, path: str) -> str:
     """A parameter was left as it is."""
-    if not re.search(r"(kernel|embed/tokens)$", path):
+    if not re.search(r"(/kernel(/reduce|/expand)?|embed/tokens)$", path):
         return f"{path.rpartition('/')[2]}: not a kernel"
     matching = [rule for rule in quant.rules if re.search(rule.pattern, path)]
     if matching:

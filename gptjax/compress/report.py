@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,16 @@ from etils import epath
 from gptjax.compress.measure import Quality, Size, Speed, to_json
 from gptjax.eval import charts
 from gptjax.eval import report as run_report
+from gptjax.eval.tasks import Score
 from gptjax.json_files import write_json
 
 _STYLE = (Path(run_report.__file__).parent / "report.css").read_text(encoding="utf-8")
 _WIDE = (
-    "#figures { grid-column: 1 / -1; } #figures table { font-size: 12px; } #figures td { white-space: nowrap; } "
-    "#figures td + td, #figures th + th { text-align: right; }"
+    "section { grid-column: 1 / -1; } svg { max-width: 900px; font-size: 11px; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) :is(table, th, td) { white-space: nowrap; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) :is(td + td, th + th) { text-align: right; } "
+    ":is(#quality, #size-and-speed, #multiple-choice) td:first-child { max-width: 320px; overflow: hidden; "
+    "text-overflow: ellipsis; }"
 )
 
 
@@ -28,6 +33,7 @@ class Variant:
 
     Attributes:
       disk_bytes: of its checkpoint's files.
+      tasks: scores in multiple choice, by the task's name.
       lineage: what was done to it, oldest first; see `checkpoint.meta.Meta`.
     """
 
@@ -36,6 +42,7 @@ class Variant:
     size: Size
     speed: Speed
     disk_bytes: int
+    tasks: Mapping[str, Score] = field(default_factory=dict)
     lineage: Sequence[Mapping[str, Any]] = ()
 
 
@@ -44,16 +51,27 @@ class Comparison:
     """The page: the first variant is the original.
 
     Attributes:
+      failures: why there are no figures of a model, by its name.
       facts: what the figures were made of, by name.
     """
 
     title: str
     variants: Sequence[Variant]
+    failures: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_free(directory: epath.PathLike) -> None:
+    """Raises:
+    ValueError: if a report is there already.
+    """
+    if (epath.Path(directory) / "compress.json").exists():
+        raise ValueError(f"{directory}: has a report already, which is not overwritten; name another, or remove it")
 
 
 def write(comparison: Comparison, directory: epath.PathLike) -> None:
     """Writes `compress.html` and `compress.json`; a reader never sees half of either."""
+    check_free(directory)
     directory = epath.Path(directory)
     write_json(directory / "compress.json", as_json(comparison))
     partial = directory / "compress.html.partial"
@@ -69,17 +87,22 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             "disk_bytes": variant.disk_bytes,
             "lineage": [dict(entry) for entry in variant.lineage],
             **{key: to_json(getattr(variant, key)) for key in ("quality", "size", "speed")},
+            "tasks": {name: dataclasses.asdict(score) for name, score in variant.tasks.items()},
         }
         for variant in comparison.variants
     ]
-    return {"title": comparison.title, "facts": dict(comparison.facts), "variants": variants}
+    rest = {"facts": dict(comparison.facts), "failures": dict(comparison.failures)}
+    return {"title": comparison.title, "variants": variants, **rest}
 
 
 def render(comparison: Comparison) -> str:
     """The page as a string."""
-    variants = comparison.variants
+    variants, figures = comparison.variants, rows(comparison.variants)
+    quality = [line[: _NUM_QUALITY + 1] for line in figures]
+    cost = [[line[0], *line[_NUM_QUALITY + 1 :]] for line in figures]
     sections = [
-        ("Figures", "errors are standard errors; ratios are to the original", table(variants)),
+        ("Quality", "errors are standard errors; ratio, KL and same token are to the original", _table(quality)),
+        ("Size and speed", "measured here, in turn; a token a pass for one reader", _table(cost)),
         (
             "Quality and size",
             "perplexity by megabytes on disk; lower and further left is better, the line is the best of both",
@@ -90,6 +113,12 @@ def render(comparison: Comparison) -> str:
             "perplexity by milliseconds a token, one reader",
             _scatter(variants, lambda variant: 1e3 / variant.speed.decode),
         ),
+        (
+            "Multiple choice",
+            "questions answered right, and in brackets by how much more of them than by the original",
+            _table(task_rows(variants)),
+        ),
+        ("Not measured", "", _facts(comparison.failures)),
         ("Made of", "", _facts(comparison.facts)),
     ]
     body = "".join(run_report.section(title, note, content) for title, note, content in sections if content)
@@ -114,10 +143,13 @@ _COLUMNS: tuple[tuple[str, Callable[[Variant, Variant], str]], ...] = (
     ("disk, MB", lambda v, first: f"{v.disk_bytes / 1e6:,.2f}"),
     ("of original", lambda v, first: f"{v.disk_bytes / first.disk_bytes:.0%}"),
     ("memory, MB", lambda v, first: f"{v.size.memory_bytes / 1e6:,.2f}"),
+    ("cache, B/token", lambda v, first: f"{v.size.cache_bytes_per_token:,}"),
     ("MFLOP/token", lambda v, first: f"{v.size.flops_per_token / 1e6:,.2f}"),
     ("prefill, tok/s", lambda v, first: f"{v.speed.prefill:,.0f}"),
     ("decode, tok/s", lambda v, first: f"{v.speed.decode:,.0f}"),
 )
+_NUM_QUALITY = 6
+"""Of the columns."""
 
 
 def rows(variants: Sequence[Variant]) -> list[list[str]]:
@@ -126,13 +158,40 @@ def rows(variants: Sequence[Variant]) -> list[list[str]]:
     return [head, *([v.name, *(show(v, variants[0]) for _, show in _COLUMNS)] for v in variants)]
 
 
-def table(variants: Sequence[Variant]) -> str:
-    """The figures as HTML."""
-    head, *body = rows(variants)
-    parts = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
+def task_rows(variants: Sequence[Variant]) -> list[list[str]]:
+    """The scores in multiple choice as text, the head first; empty without tasks."""
+    names = list(dict.fromkeys(name for variant in variants for name in variant.tasks))
+    if not names:
+        return []
+    head = ["model", *(f"{name} ({_num_questions(variants, name):,})" for name in names)]
+    return [head, *([v.name, *(_scored(v, name, is_first=v is variants[0]) for name in names)] for v in variants)]
+
+
+def _num_questions(variants: Sequence[Variant], name: str) -> int:
+    return next(variant.tasks[name].num_questions for variant in variants if name in variant.tasks)
+
+
+def _scored(variant: Variant, name: str, *, is_first: bool) -> str:
+    found = variant.tasks.get(name)
+    if found is None:
+        return "–"
+    text = f"{100 * found.accuracy:.1f} ± {100 * found.accuracy_error:.1f} %"
+    return text if is_first else f"{text} ({100 * found.difference:+.1f} ± {100 * found.difference_error:.1f})"
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Text as HTML, the head first."""
+    if not lines:
+        return ""
+    head, *body = lines
+    # A long name is cut, and whole where the pointer rests.
+    parts = [
+        "".join(f'<td title="{cell}">{cell}</td>' if not i else f"<td>{cell}</td>" for i, cell in enumerate(row))
+        for row in (list(map(html.escape, row)) for row in body)
+    ]
     heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr>{part}</tr>" for part in parts)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+    rows = "".join(f"<tr>{part}</tr>" for part in parts)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _scatter(variants: Sequence[Variant], x: Callable[[Variant], float]) -> str:

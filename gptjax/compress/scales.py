@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.nn import quantized
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.formats import WeightFormat
 from gptjax.types import Array
 
 Cost = Callable[[Array], Array]

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from gptjax.compress import folding
 from gptjax.compress.calibrate import Inputs, Prepare
 from gptjax.nn import quantized
-from gptjax.nn.config import BlockConfig, KernelRule, WeightFormat
+from gptjax.nn.config import BlockConfig
+from gptjax.nn.formats import KernelRule, WeightFormat
 from gptjax.types import Array, Params
 
 Family = Literal["awq", "smoothquant"]

@@ -8,13 +8,19 @@ Columns that are done are not moved again there. With the places of the zeros kn
 row that least changes its outputs solves `M H M w = M H w_0` (M has ones where weights stay), which conjugate gradients
 do for all rows at once, beginning with what the algorithm left.
 
+Two more things are not of that paper. A kernel is aimed at what the whole model made of its own inputs, part of the way
+(`gptq.aimed`), so that layers make good what those before them lost. And weights of several outputs and kernels compete
+by what errors cost the loss (`sensitivity`).
+
 Source: Frantar & Alistarh 2023, arXiv:2301.00774, algorithm 1; that weights are better fitted after the choice, Boza
 2024, arXiv:2401.02938, who does it by another iteration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +30,31 @@ from gptjax.optim import sparsity as sparsity_lib
 from gptjax.optim.sparsity import Sparsity
 from gptjax.types import Array
 
-BLOCK_SIZE = 128
-DAMPING = 0.01
 _MAX_DAMPING = 10.0
-REFIT_STEPS = 20
+_LEAST_WEIGHT = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseGPT:
+    """How weights are chosen and the others moved.
+
+    Attributes:
+      aim: how far, 0 to 1, a kernel's outputs are aimed at those of the model as it was; see `gptq.aimed`.
+      costs: of removing a weight are the error of its `outputs`, within one kernel as published, or what that does to
+        the `loss` (see `sensitivity`), in which outputs and kernels differ.
+      refit_steps: of conjugate gradients at the end.
+      damping: added to the Hessian's diagonal, as a fraction of its mean.
+      block_size: inputs of a block; for n:m the nearest multiple of m below.
+    """
+
+    aim: float = 0.5
+    costs: Literal["loss", "outputs"] = "loss"
+    refit_steps: int = 10
+    damping: float = 0.01
+    block_size: int = 128
+
+
+PUBLISHED = SparseGPT(aim=0.0, costs="outputs", refit_steps=0)
 
 
 def prune(
@@ -35,9 +62,9 @@ def prune(
     hessian: Array,
     sparsity: Sparsity,
     *,
-    damping: float = DAMPING,
-    block_size: int = BLOCK_SIZE,
-    refit_steps: int = REFIT_STEPS,
+    config: SparseGPT,
+    weight: Array | None = None,
+    fraction: float | None = None,
 ) -> Array:
     """The rows with weights removed and the others moved.
 
@@ -47,17 +74,18 @@ def prune(
     Args:
       rows: `[*lead, outputs, inputs]`.
       hessian: `sum x x'`, `[*lead, inputs, inputs]`.
-      damping: added to the Hessian's diagonal, as a fraction of its mean.
-      block_size: inputs of a block; for n:m the nearest multiple of m below.
-      refit_steps: of conjugate gradients at the end; 0 is the published algorithm.
+      weight: what the squared error of an output counts, `[*lead, outputs]`; all count the same without.
+      fraction: in place of the sparsity's own; not of n:m.
 
     Raises:
       ValueError: if no damping helps.
     """
-    lead = rows.shape[:-2]
+    lead, damping = rows.shape[:-2], config.damping
     flat, hessians = rows.reshape(-1, *rows.shape[-2:]), hessian.reshape(-1, *hessian.shape[-2:])
+    weights = jnp.ones(flat.shape[:2]) if weight is None else weight.reshape(flat.shape[:2])
+    part = jnp.asarray(sparsity.fraction if fraction is None else fraction, jnp.float32)
     while True:
-        found = _prune(flat.astype(jnp.float32), hessians, damping, sparsity, block_size, refit_steps)
+        found = _prune(flat.astype(jnp.float32), hessians, weights, part, damping, sparsity, config)
         if bool(jnp.isfinite(found).all()):
             return found.reshape(*lead, *rows.shape[-2:]).astype(rows.dtype)
         if damping >= _MAX_DAMPING:
@@ -66,16 +94,30 @@ def prune(
         logging.warning("SparseGPT: a singular Hessian; damped by %g of its mean diagonal.", damping)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _prune(rows: Array, hessian: Array, damping: float, sparsity: Sparsity, block_size: int, refit_steps: int) -> Array:
-    def one(w: Array, h: Array) -> Array:
-        pruned = _prune_one(w, h, damping, sparsity, block_size)
-        return _refit(w, pruned, _damped(h, damping), refit_steps) if refit_steps else pruned
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _prune(
+    rows: Array,
+    hessian: Array,
+    weight: Array,
+    fraction: Array,
+    damping: float,
+    sparsity: Sparsity,
+    config: SparseGPT,
+) -> Array:
+    def one(rows_RI: Array, hessian: Array, weight_R: Array) -> Array:
+        # A row is moved alike whatever its scale, so an output's weight is that of its row while weights are chosen.
+        scale_R1 = jnp.sqrt(weight_R / jnp.maximum(weight_R.mean(), 1e-30))[:, None]
+        scale_R1 = jnp.where(weight_R.any(), jnp.maximum(scale_R1, _LEAST_WEIGHT), 1.0)
+        scaled = _prune_one(rows_RI * scale_R1, hessian, fraction, damping, sparsity, config.block_size)
+        pruned = scaled / scale_R1
+        return _refit(rows_RI, pruned, _damped(hessian, damping), config.refit_steps) if config.refit_steps else pruned
 
-    return jax.vmap(one)(rows, hessian)
+    return jax.vmap(one)(rows, hessian, weight)
 
 
-def _prune_one(rows_RI: Array, hessian: Array, damping: float, sparsity: Sparsity, block_size: int) -> Array:
+def _prune_one(
+    rows_RI: Array, hessian: Array, fraction: Array, damping: float, sparsity: Sparsity, block_size: int
+) -> Array:
     num_rows, size = rows_RI.shape
     block = min(block_size, size) // (sparsity.group or 1) * (sparsity.group or 1)
     num_blocks = -(-size // block)
@@ -95,7 +137,7 @@ def _prune_one(rows_RI: Array, hessian: Array, damping: float, sparsity: Sparsit
         right = jax.lax.dynamic_slice(upper, (start, 0), (block, size + pad))
         inner = jax.lax.dynamic_slice(right, (0, start), (block, block))
         valid = jax.lax.dynamic_slice(real, (start,), (block,))
-        done, error = _block(own, inner, valid, sparsity)
+        done, error = _block(own, inner, valid, fraction, sparsity)
         later = jnp.arange(size + pad) >= start + block
         w_IR = w_IR - jnp.where(later, right, 0.0).T @ error
         return jax.lax.dynamic_update_slice(w_IR, done, (start, 0))
@@ -103,7 +145,7 @@ def _prune_one(rows_RI: Array, hessian: Array, damping: float, sparsity: Sparsit
     return jax.lax.fori_loop(0, num_blocks, do_block, w_IR)[:size].T
 
 
-def _block(w_BR: Array, upper_BB: Array, valid_B: Array, sparsity: Sparsity) -> tuple[Array, Array]:
+def _block(w_BR: Array, upper_BB: Array, valid_B: Array, fraction: Array, sparsity: Sparsity) -> tuple[Array, Array]:
     """The block's weights, and each column's error over its diagonal.
 
     A column is brought up to date when its turn comes, by a product with the errors so far: moving all later ones each
@@ -138,7 +180,7 @@ def _block(w_BR: Array, upper_BB: Array, valid_B: Array, sparsity: Sparsity) -> 
         errors, stay = jax.lax.fori_loop(0, block // sparsity.group, do_group, (errors, everything))
     else:
         cost = jnp.where(valid_B[:, None], jnp.square(w_BR / diagonal_B1), jnp.inf)
-        num = jnp.floor(valid_B.sum() * num_rows * sparsity.fraction).astype(jnp.int32)
+        num = jnp.floor(valid_B.sum() * num_rows * fraction).astype(jnp.int32)
         stay = sparsity_lib.keep_highest(cost.reshape(-1), num).reshape(cost.shape)
         errors, stay = jax.lax.fori_loop(0, block, do_column, (errors, stay))
     return jnp.where(stay, updated(errors, 0, block), 0.0), errors

@@ -30,9 +30,9 @@ import numpy as np
 
 from gptjax.compress import calibrate
 from gptjax.compress.calibrate import Inputs, Site
-from gptjax.nn import taps, transformer
-from gptjax.nn.block import Block
-from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig
+from gptjax.nn import storage, taps, transformer
+from gptjax.nn.block import Block, Stream
+from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig, uses_others_kv
 from gptjax.nn.mlp import activate
 from gptjax.nn.moe import route
 from gptjax.parallel import rules
@@ -168,8 +168,15 @@ def check(cfg: ModelConfig, cut: Mapping[str, float]) -> None:
     """Raises:
     ValueError: if parts of the model cannot be left out so; `cut` is by the names of `METHODS`.
     """
-    if cut and cfg.quant is not None and cfg.quant.stage == "stored":
+    if cut and cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: cut the model that they were made from")
+    if cut and cfg.low_rank:
+        raise ValueError("the model's kernels are in two factors already: cut the model that they were made from")
+    if cut.keys() & {"depth", "heads"} and any(map(uses_others_kv, cfg.blocks)):
+        raise ValueError(
+            f"{', '.join(sorted(cut.keys() & {'depth', 'heads'}))}: layers use the keys and values of others, which "
+            "would go; cut the model before they are shared, or its width"
+        )
     if "width" in cut and not 0.0 < cut["width"] < 1.0:
         raise ValueError(
             f"width={cut['width']:g}: expected above 0 and below 1, the part of the hidden units that stays"
@@ -214,7 +221,7 @@ def changed(cfg: ModelConfig, cut: Mapping[str, float]) -> ModelConfig:
 
 def expert_scores(cfg: ModelConfig, params: Params, batches: Sequence[Array]) -> dict[str, np.ndarray]:
     """By block, `sum_t weight_te |expert_e(x_t)|` of each expert: `[E]`, behind the layers where those are stacked."""
-    states = [_embedded(cfg, params, tokens) for tokens in batches]
+    states = [Stream(_embedded(cfg, params, tokens)) for tokens in batches]
     paths = [
         f"group_{i}/block_{j}"
         for i, g in enumerate(cfg.groups)
@@ -241,7 +248,8 @@ def _embedded(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scored_layer(cfg: ModelConfig, block: BlockConfig, weights: Params, x_BTD: Array) -> tuple[Array, Array]:
+def _scored_layer(cfg: ModelConfig, block: BlockConfig, weights: Params, stream: Stream) -> tuple[Stream, Array]:
+    x_BTD = stream.x_BTD
     positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     moe, seen = block.mlp, weights
     if isinstance(moe, MoEConfig):  # what the router sees is what the experts see
@@ -250,10 +258,10 @@ def _scored_layer(cfg: ModelConfig, block: BlockConfig, weights: Params, x_BTD: 
         seen = {**weights, "moe": {**weights["moe"], "router": tapped}}
     with rules.unsplit(), taps.collect() as found:
         ctx = transformer.context(cfg, positions_BT, None)
-        y_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": seen}, x_BTD, ctx, None)  # type: ignore[misc]
+        after, _, _ = Block(block, out_scale=1.0).apply({"params": seen}, stream, ctx, None)  # type: ignore[misc]
     if not isinstance(moe, MoEConfig):
-        return y_BTD, jnp.zeros(())
-    return y_BTD, _routed_lengths(moe, weights["moe"], found["router"].rows_MI)
+        return after, jnp.zeros(())
+    return after, _routed_lengths(moe, weights["moe"], found["router"].rows_MI)
 
 
 def _routed_lengths(moe: MoEConfig, weights: Params, x_MD: Array) -> Array:
@@ -294,7 +302,7 @@ def _fit(
         found.setdefault(site.path, []).append(np.asarray(stay))
         return site.layout.from_rows(fitted)
 
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
     fitted = calibrate.walk(plain, params, batches, treat)
     shared = {f"group_{i}" for i, group in enumerate(cfg.groups) if group.shared}
     return fitted, {

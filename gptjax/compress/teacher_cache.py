@@ -37,10 +37,12 @@ class Key:
 
     Attributes:
       teacher: hash of its parameters and model.
+      vocab_size: of the tokens that it chose from.
       order: `TrainData.order`.
     """
 
     teacher: str
+    vocab_size: int
     top_k: int
     temperature: float
     order: dict[str, Any]

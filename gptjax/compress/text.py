@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,9 +55,14 @@ def calibration(spec: str, tokenizer: Tokenizer, *, rows: int, length: int) -> C
     Raises:
       ValueError: if the text is shorter than the rows.
     """
+    description, documents = _documents(spec, tokenizer)
+    return cut(description, documents, rows=rows, length=length)
+
+
+def cut(description: str, documents: Iterable[np.ndarray], *, rows: int, length: int) -> Calibration:
+    """As `calibration`, of documents that are tokens already; `description` is what errors and lineages call them."""
     if rows < 1 or length < 2:
         raise ValueError(f"calibration: {rows} rows of {length} tokens; expected at least 1 row of at least 2")
-    description, documents = _documents(spec, tokenizer)
     wanted, limit, parts, found = rows * length, _SPREAD * rows * length, [], 0
     for tokens in documents:
         parts.append(tokens)

@@ -73,7 +73,7 @@ class TrainData:
         self._seq_len = seq_len
         self._seed = seed
         self._packing = cfg.packing
-        self._teacher_fn: Callable[[Sequence[int]], Any] | None = None
+        self._notes_fn: Callable[[Sequence[int]], Any] | None = None
         fingerprint = tokenizer.load(cfg.tokenizer).fingerprint
         # A config that was stored and read back may have its keys in another order.
         self._mixture = mixture.Mixture(dict(sorted(cfg.train.items())))
@@ -100,12 +100,12 @@ class TrainData:
             key = mixture.stream_key(self._seed, source, epoch)
             spans = plan.spans(mixture.permute(index, plan.num_rows, key=key))
             packing.fill_row(batch, at, self._stores[source], spans)
-        return batch if self._teacher_fn is None else dataclasses.replace(batch, teacher=self._teacher_fn(row_numbers))
+        return batch if self._notes_fn is None else dataclasses.replace(batch, notes=self._notes_fn(row_numbers))
 
-    def annotated(self, teacher_fn: Callable[[Sequence[int]], Any]) -> TrainData:
-        """The same data, whose batches have for `teacher` what the function gives for their row numbers."""
+    def annotated(self, notes_fn: Callable[[Sequence[int]], Any]) -> TrainData:
+        """The same data, whose batches have for `notes` what the function gives for their row numbers."""
         data = copy.copy(self)
-        data._teacher_fn = teacher_fn
+        data._notes_fn = notes_fn
         return data
 
     @property

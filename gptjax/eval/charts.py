@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 18.0, 30.0
 _MAX_POINTS = 320
 _HOVER_COLUMNS = 80
+_LABEL_HEIGHT, _CHARACTER_WIDTH, _LABEL_CHARACTERS = 13.0, 6.2, 36
 
 Points = Sequence[tuple[float, float]]
 
@@ -85,18 +87,56 @@ def scatter_chart(dots: Sequence[Dot], *, format_y: Callable[[float], str], log_
         for i, (x, y) in enumerate(pareto_front([(dot.x, dot.y) for dot in dots]))
     )
     parts = [axes.grid(format_y, "{:,.4g}".format), f'<path class="line faint" d="{path}"/>']
-    taken: list[tuple[float, float]] = []
-    for dot in sorted(dots, key=lambda dot: (dot.y, dot.x)):
-        x, y = axes.x(dot.x), axes.y(dot.y)
-        # A label steps up until it covers no other.
-        while any(abs(x - other_x) < 110 and abs(y - other_y) < 13 for other_x, other_y in taken):
-            y -= 4
-        taken.append((x, y))
-        anchor, shift = ("end", -8) if x > WIDTH * 0.75 else ("start", 8)
+    at = [(axes.x(dot.x), axes.y(dot.y)) for dot in dots]
+    for dot, point, name, box in zip(dots, at, *_labels(dots, at), strict=True):
+        side = "start" if box.left > point[0] else "end"
+        x, y = (box.left if side == "start" else box.left + box.width), box.top + _LABEL_HEIGHT - 4
+        if abs(y - 4 - point[1]) > _LABEL_HEIGHT / 2:  # which dot it is of
+            parts.append(
+                f'<line class="leader" x1="{point[0]:.1f}" y1="{point[1]:.1f}" x2="{x:.1f}" y2="{y - 4:.1f}"/>'
+            )
         parts.append(axes.dot((dot.x, dot.y), dot.style))
-        parts.append(_text("dot-name", x + shift, y + 4, html.escape(dot.name), anchor=anchor))
+        parts.append(_text("dot-name", x, y, html.escape(name), anchor=side))
     label = html.escape(", ".join(f"{dot.name} {format_y(dot.y)}" for dot in dots))
     return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+class _Box(NamedTuple):
+    left: float
+    top: float
+    width: float
+
+    def overlaps(self, other: _Box) -> bool:
+        beside = self.left + self.width <= other.left or other.left + other.width <= self.left
+        return not beside and abs(self.top - other.top) < _LABEL_HEIGHT
+
+
+def _labels(dots: Sequence[Dot], at: Points) -> tuple[list[str], list[_Box]]:
+    """Each dot's name, cut where it is long, and where it goes: beside its dot if that covers no other and no dot."""
+    names = [
+        dot.name if len(dot.name) <= _LABEL_CHARACTERS else dot.name[: _LABEL_CHARACTERS - 1] + "…" for dot in dots
+    ]
+    covered = [_Box(x - 4, y - _LABEL_HEIGHT / 2, 8) for x, y in at]
+    boxes: dict[int, _Box] = {}
+    for number in sorted(range(len(dots)), key=lambda i: at[i][::-1]):
+        places = list(_places(at[number], len(names[number])))
+        boxes[number] = next((box for box in places if _is_free(box, covered)), places[0])
+        covered.append(boxes[number])
+    return names, [boxes[number] for number in range(len(dots))]
+
+
+def _places(point: tuple[float, float], num_characters: int) -> Iterator[_Box]:
+    """Ever further up and down from a point, to the right and the left of it."""
+    width, (x, y) = num_characters * _CHARACTER_WIDTH, point
+    for step in range(100):
+        for shift in (-step, step):
+            for left in (x + 9, x - 9 - width):
+                yield _Box(left, y - _LABEL_HEIGHT / 2 + 3 * shift, width)
+
+
+def _is_free(box: _Box, covered: Sequence[_Box]) -> bool:
+    inside = box.left >= 0 and box.left + box.width <= WIDTH and 0 <= box.top <= HEIGHT - _BOTTOM - _LABEL_HEIGHT
+    return inside and not any(box.overlaps(other) for other in covered)
 
 
 def pareto_front(points: Points) -> list[tuple[float, float]]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.kernels import cross_entropy
 from gptjax.nn import transformer
@@ -66,6 +67,33 @@ def evaluate(cfg: ModelConfig, params: Params, batches: Iterable[Batch]) -> Eval
     if not sums.tokens:
         raise ValueError("evaluation: expected at least one target with a loss mask, got none")
     return sums
+
+
+def evaluate_logits(logits_of: Callable[[list[int]], np.ndarray], batches: Iterable[Batch]) -> Evaluation:
+    """The sums that `evaluate` gives, in float64, from the logits of any implementation.
+
+    Args:
+      logits_of: float `[T, V]` of a text of `T` tokens; each document of a row is one.
+
+    Raises:
+      ValueError: if there is nothing to score.
+    """
+    nats = tokens = correct = 0.0
+    for batch in batches:
+        rows = (np.asarray(x) for x in (batch.tokens, batch.targets, batch.loss_mask, batch.segment_ids))
+        for tokens_T, targets_T, mask_T, segments_T in zip(*rows, strict=True):
+            for segment in np.unique(segments_T[segments_T > 0]):
+                own = segments_T == segment
+                logits_TV = np.asarray(logits_of(tokens_T[own].tolist()), np.float64)
+                wanted_T, mask = targets_T[own], mask_T[own]
+                shifted_TV = logits_TV - logits_TV.max(-1, keepdims=True)
+                nll_T = np.log(np.exp(shifted_TV).sum(-1)) - shifted_TV[np.arange(len(wanted_T)), wanted_T]
+                best_T = shifted_TV.argmax(-1) == wanted_T
+                nats, tokens = nats + float((mask * nll_T).sum()), tokens + float(mask.sum())
+                correct += float((mask * best_T).sum())
+    if not tokens:
+        raise ValueError("evaluation: expected at least one target with a loss mask, got none")
+    return Evaluation(nats, tokens, correct)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -85,4 +85,5 @@ def _layer(stacked: Array, *, index: int) -> Array:
 def _is_cast(path: tuple, leaf: Any) -> bool:
     """Float weights that products or look-ups convert to the compute dtype anyway; routers compute in float32."""
     keys = [entry.key for entry in path]
-    return not is_quantized(leaf) and keys[-1] in ("kernel", "tokens", "positions") and "router" not in keys
+    is_weight = "kernel" in keys or keys[-1] in ("tokens", "positions")
+    return not is_quantized(leaf) and is_weight and "router" not in keys

@@ -134,6 +134,23 @@ class TokenizerComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Perplexities:
+    """Of one text, all targets of the same rows.
+
+    Attributes:
+      checkpoint: by the checkpoint.
+      written: by ours with the values that were written.
+      peer: by the peer, of what was written.
+    """
+
+    text: str
+    num_targets: int
+    checkpoint: float
+    written: float
+    peer: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What is written to `certificate.json`.
 
@@ -142,6 +159,7 @@ class Certificate:
       source, target: what each is and the hashes of its files.
       referees: who ran the two; where a peer's own implementation is missing, that is said.
       tokenizer: None without a tokenizer on both sides.
+      perplexities: None unless a text was given.
       values: how the values were compared without running anything.
       problems: why it was not accepted.
       notes: what a peer is known to compute otherwise than the model, and how far off that is.
@@ -157,6 +175,7 @@ class Certificate:
     tolerance: Tolerance
     comparisons: tuple[Comparison, ...] = ()
     tokenizer: TokenizerComparison | None = None
+    perplexities: Perplexities | None = None
     values: str = ""
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

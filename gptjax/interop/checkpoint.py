@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from gptjax.checkpoint.narration import quiet_orbax
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.interop import stream
 from gptjax.interop.source import Readable, Source, digest
+from gptjax.interop.stored import Scales, Slice, Steps, StoredParams, floats_of, steps_of
 from gptjax.interop.table import Family, Unit, check_names, units
 from gptjax.json_files import write_json
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
+from gptjax.nn.quantized import QuantizedArray
 
 _FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
@@ -131,13 +133,14 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
         self._shapes = arrays.stored_shapes(epath.Path(directory) / "params")
         self._units = {unit.theirs: unit for unit in units(family, model)}
         sliced = {part.path: len(part.index) for unit in self._units.values() for part in unit.ours}
-        self._reader = array_stream.ArraysReader(self.directory / "params", sliced)
+        self._params = StoredParams(self.directory, model, sliced)
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> CheckpointTensor:
         unit = self._units[name]
-        dtype = self._dtype or np.dtype(self._shapes[unit.ours[0].path].dtype)
-        return CheckpointTensor(self._reader, unit, dtype)
+        first = unit.ours[0].path
+        stored = np.dtype(np.float32 if first in self._params.kernels else self._shapes[first].dtype)
+        return CheckpointTensor(self._params, unit, self._dtype or stored)
 
     def __iter__(self) -> Any:
         return iter(self._units)
@@ -151,8 +154,9 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
         """
         totals: dict[str, dict[tuple[int, ...], int]] = {}
         for name, parts in sums.items():
-            for part, total in zip(self._units[name].ours, parts, strict=True):
-                totals.setdefault(part.path, {})[part.index] = total
+            files = [(file, part.index) for part in self._units[name].ours for file in self._params.files(part.path)]
+            for (file, index), total in zip(files, parts, strict=True):
+                totals.setdefault(file, {})[index] = total
         for path, slices in totals.items():
             expected = self._meta.checksums.get(f"params/{path}")
             if expected is not None and sum(slices.values()) & 0xFFFFFFFF != expected:
@@ -166,7 +170,7 @@ class CheckpointTensors(Mapping[str, "CheckpointTensor"]):
 class CheckpointTensor:
     """One tensor of theirs, made from ours when it is read."""
 
-    reader: array_stream.ArraysReader
+    params: StoredParams
     unit: Unit
     dtype: np.dtype
 
@@ -174,28 +178,55 @@ class CheckpointTensor:
     def shape(self) -> tuple[int, ...]:
         return self.unit.theirs_shape
 
+    @property
+    def is_in_few_bits(self) -> bool:
+        """Whether any of it is."""
+        return any(part.path in self.params.kernels for part in self.unit.ours)
+
     def read(self) -> np.ndarray:
         return self.read_with_sums()[0]
 
     def read_with_sums(self) -> tuple[np.ndarray, list[int]]:
-        """The values, and the checksum of each slice of ours that they are made of."""
-        parts = [self.reader.read(part.path, part.index) for part in self.unit.ours]
-        sums = [array_stream.bit_sum(part) for part in parts]
-        return self.unit.layout.to_theirs(parts).astype(self.dtype, copy=False), sums
+        """The values, and the checksums of all that they are made of."""
+        parts, sums = self.read_parts()
+        return self.values(parts), sums
+
+    def read_parts(self) -> tuple[list[Slice], list[int]]:
+        """The slices of ours as they are stored, for `values` or `steps`, and their checksums."""
+        found = [self.params.read(part.path, part.index) for part in self.unit.ours]
+        return [part for part, _ in found], [total for _, sums in found for total in sums]
+
+    def values(self, parts: Sequence[Slice]) -> np.ndarray:
+        """The tensor."""
+        return self.unit.layout.to_theirs(list(map(floats_of, parts))).astype(self.dtype, copy=False)
+
+    def steps(self, parts: Sequence[Slice]) -> Steps:
+        """The tensor as whole numbers; all of it is in few bits, and none of that fp8."""
+        found = [steps_of(part) for part in parts if isinstance(part, QuantizedArray)]
+        return Steps(*(self.unit.layout.to_theirs(values) for values in zip(*found, strict=True)))
+
+    def scales(self) -> list[Scales | None]:
+        """Of each slice."""
+        return [self.params.scales(part.path, part.index) for part in self.unit.ours]
 
 
-def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: int | None = None) -> dict[str, str]:
+def value_problems(
+    source: Source, stored: Mapping[str, CheckpointTensor], *, num_threads: int | None = None
+) -> dict[str, str]:
     """What is wrong with tensors, by name.
 
-    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers.
+    Their bits have to be those of the source, cast as in the checkpoint, and their values finite numbers. Of what is in
+    few bits on either side a zero may have another sign.
     """
     found: dict[str, str] = {}
 
     def compare(task: stream.Tensor) -> None:
+        tensor = stored[task.name]
+        one_zero = tensor.dtype.type(0) if tensor.is_in_few_bits else None
         # One after the other: both in memory would be more than what converting takes.
-        wanted = digest(source.tensors[task.name].read().astype(task.dtype, copy=False))
-        values = stored[task.name].read()
-        if wanted != digest(values):
+        wanted = _digest(source.tensors[task.name].read().astype(task.dtype, copy=False), one_zero)
+        values = tensor.read()
+        if wanted != _digest(values, one_zero):
             found[task.name] = f"{task.name}: what was written is not what was read"
         elif num_bad := int(np.count_nonzero(~np.isfinite(values))):
             found[task.name] = f"{task.name}: {num_bad:,} of its {values.size:,} values are not finite numbers"
@@ -203,6 +234,10 @@ def value_problems(source: Source, stored: CheckpointTensors, *, num_threads: in
     tasks = [stream.Tensor(name, tensor.shape, tensor.dtype) for name, tensor in stored.items()]
     stream.run(tasks, compare, None, label="compare", num_threads=num_threads)
     return dict(sorted(found.items()))
+
+
+def _digest(values: np.ndarray, one_zero: np.generic | None) -> bytes:
+    return digest(values if one_zero is None else values + one_zero)
 
 
 MAX_PROBLEMS = 5

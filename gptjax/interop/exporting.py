@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import get_args
 
 import numpy as np
 from etils import epath
@@ -12,12 +13,24 @@ from etils import epath
 from gptjax.checkpoint import reading
 from gptjax.interop import certificate as certificate_lib
 from gptjax.interop import checkpoint as checkpoint_lib
-from gptjax.interop import formats, hf, onnx, params, publish, referees, saved_model, stablehlo
+from gptjax.interop import (
+    formats,
+    hf,
+    lineage,
+    onnx,
+    params,
+    perplexities,
+    publish,
+    referees,
+    saved_model,
+    stablehlo,
+    value_proof,
+)
 from gptjax.interop.certificate import Certificate, Tolerance
-from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.gguf import write as gguf_write
+from gptjax.interop.gguf.held import FewBits
 from gptjax.interop.gguf.write import QUANTIZATIONS, Quantization
-from gptjax.interop.judging import CHECK, Check, closing, judge
+from gptjax.interop.judging import CHECK, Check, Rounded, closing, judge
 from gptjax.interop.referees import llama_cpp
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.interop.source import sha256
@@ -34,7 +47,8 @@ class Options:
     Attributes:
       family: the architecture to write it as; None takes the first that expresses the model.
       dtype: of the values; None keeps the stored one.
-      quantization: of the weights in GGUF; None is f16, or the dtype.
+      quantization: of the weights in GGUF that are floats here; None is f16, or the dtype.
+      few_bits: what GGUF has for kernels that are in few bits here; None is blocks with the very values.
       max_shard_bytes: size of a file of weights at most.
       num_threads: tensors in work at a time; None takes as many as there are cores.
     """
@@ -42,6 +56,7 @@ class Options:
     family: str | None = None
     dtype: np.dtype | None = None
     quantization: str | None = None
+    few_bits: str | None = None
     max_shard_bytes: int | None = None
     num_threads: int | None = None
 
@@ -58,6 +73,7 @@ def _write_hf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) ->
         max_shard_bytes=options.max_shard_bytes or hf.DEFAULT_SHARD_BYTES,
         num_threads=options.num_threads,
     )
+    (folder / lineage.CARD_FILE).write_text(lineage.model_card(reading.read_meta(checkpoint)))
 
 
 def _write_gguf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) -> None:
@@ -66,7 +82,9 @@ def _write_gguf(checkpoint: epath.Path, folder: pathlib.Path, options: Options) 
         checkpoint,
         folder / GGUF_FILE,
         quantization=_quantization(options),
+        few_bits=_few_bits(options),
         family_name=options.family,
+        facts=lineage.gguf_facts(reading.read_meta(checkpoint)),
         num_threads=options.num_threads,
     )
 
@@ -91,7 +109,7 @@ def _write_onnx(checkpoint: epath.Path, folder: pathlib.Path, options: Options) 
 
 _FORMATS: Mapping[str, tuple[Callable[[epath.Path, pathlib.Path, Options], None], frozenset[str]]] = {
     "hf": (_write_hf, frozenset({"family", "dtype", "max_shard_bytes"})),
-    "gguf": (_write_gguf, frozenset({"family", "dtype", "quantization"})),
+    "gguf": (_write_gguf, frozenset({"family", "dtype", "quantization", "few_bits"})),
     "onnx": (_write_onnx, frozenset()),
     "saved_model": (_write_saved_model, frozenset({"dtype"})),
     "stablehlo": (_write_stablehlo, frozenset({"dtype", "max_shard_bytes"})),
@@ -134,19 +152,43 @@ def export(
         raise ValueError(f"{idle[0]}={getattr(options, idle[0])}: has no effect on {format}; leave it off")
     certificate_lib.check_dtype(options.dtype)
     path = reading.find(checkpoint)
-    if reading.read_meta(path).model.quant is not None:
-        raise ValueError(
-            f"{path}: its kernels are in few bits, which no format is written from; export the checkpoint that it was "
-            "made from, whose path is in its lineage (gguf rounds too: quantization q8_0, q4_0)"
-        )
+    _check_quant(path, format=format, options=options)
     settings = {name: str(getattr(options, name)) for name in sorted(given - {"num_threads"})}
     with publish.directory(destination, job={"checkpoint": str(path), "to": format, **settings}) as partial:
         write(path, partial, options)
         found = _described(path, partial, format=format, options=options)
         if check.proof == "run":
-            found = _run(found, path, partial, format=format, check=check)
+            found = _run(found, path, partial, format=format, options=options, check=check)
         publish.settle(partial, destination, found)
     return found
+
+
+def _check_quant(path: epath.Path, *, format: str, options: Options) -> None:
+    quant = reading.read_meta(path).model.quant
+    if quant is not None and quant.kv_cache is not None:
+        raise ValueError(
+            f"{path}: its keys and values are in few bits, which no format says; take that back first, by "
+            "experiments.quantize --weights=none --kv_cache=none"
+        )
+    if quant is None and options.few_bits is not None:
+        raise ValueError(f"few_bits={options.few_bits}: {path} has no kernels in few bits; leave it off")
+    if quant is not None and quant.stage == "train":
+        raise ValueError(
+            f"{path}: was trained for few bits, to which each product rounds its kernels; store them in few bits first"
+        )
+    if quant is not None and format not in _REOPENED:
+        raise ValueError(
+            f"{path}: its kernels are in few bits, which {format} is not written from; export it as hf or gguf, or the "
+            "checkpoint that it was made from, whose path is in its lineage"
+        )
+
+
+def _few_bits(options: Options) -> FewBits:
+    name = options.few_bits or "blocks"
+    for known in get_args(FewBits):
+        if name == known:
+            return known
+    raise ValueError(f"few_bits={name!r}: expected one of {', '.join(get_args(FewBits))}")
 
 
 def _quantization(options: Options) -> Quantization:
@@ -159,14 +201,26 @@ def _quantization(options: Options) -> Quantization:
     raise ValueError(f"quantization={name!r}: expected one of {', '.join(QUANTIZATIONS)}")
 
 
-def _tolerance(format: str, options: Options, model: ModelConfig) -> tuple[str, Tolerance]:
-    """What the values became, and what that may change."""
+def _dtype(format: str, options: Options) -> str:
+    """What became of values that are floats."""
+    if format == "gguf":
+        return _quantization(options)
+    return "as stored" if options.dtype is None else options.dtype.name
+
+
+def _tolerance(format: str, options: Options, model: ModelConfig, *, blocks: Collection[str]) -> Tolerance:
+    """What the values that are written may change.
+
+    Args:
+      blocks: kinds of those in a GGUF file, beside which llama.cpp rounds activations to 8 bits.
+    """
     if format == "gguf":
         kind = _quantization(options)
+        if blocks:
+            kind = "q8_0" if set(blocks) == {"q8_0"} else "q4_0"
         dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
-        return kind, llama_cpp.tolerance(model, certificate_lib.tolerance(dtype, model))
-    name = "float32" if options.dtype is None else options.dtype.name
-    return "as stored" if options.dtype is None else name, certificate_lib.tolerance(name, model)
+        return llama_cpp.tolerance(model, certificate_lib.tolerance(dtype, model))
+    return certificate_lib.tolerance("float32" if options.dtype is None else options.dtype.name, model)
 
 
 def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options: Options) -> Certificate:
@@ -176,18 +230,19 @@ def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options:
         for file in partial.rglob("*")
         if file.is_file() and str(file.relative_to(partial)) not in publish.WORK_FILES
     )
-    dtype, tolerance = _tolerance(format, options, meta.model)
-    values = "the checkpoint's values were those that were saved (checksums)"
-    problems: dict[str, str] = {}
-    if format == "hf":
-        written = hf.open_source(partial)
-        stored = CheckpointTensors(path, written.family, meta.model, dtype=options.dtype)
-        problems = checkpoint_lib.value_problems(written, stored, num_threads=options.num_threads)
-        values += f"; {len(stored) - len(problems)} of {len(stored)} tensors read back equal to its bits"
+    dtype = _dtype(format, options)
+    proof = value_proof.read_back(path, partial, format=format, dtype=options.dtype, num_threads=options.num_threads)
+    if proof.blocks:
+        dtype = f"{dtype}, kernels in few bits as {' '.join(proof.blocks)}"
     return Certificate(
-        accepted=not problems,
+        accepted=not proof.problems,
         kind=f"checkpoint to {format}",
-        source={"path": str(path), "step": meta.step, "checksums": meta.checksums},
+        source={
+            "path": str(path),
+            "step": meta.step,
+            "checksums": meta.checksums,
+            "lineage": [dict(entry) for entry in meta.lineage],
+        },
         target={
             "path": partial.name.removesuffix(".partial"),
             "sha256": {str(file.relative_to(partial)): sha256(file) for file in files},
@@ -195,15 +250,17 @@ def _described(path: epath.Path, partial: pathlib.Path, *, format: str, options:
         num_params=cost.count(meta.model).total,
         dtype=dtype,
         referees={},
-        tolerance=tolerance,
-        values=values,
-        problems=tuple(problems.values())[: checkpoint_lib.MAX_PROBLEMS],
+        tolerance=_tolerance(format, options, meta.model, blocks=proof.blocks),
+        values=proof.told,
+        problems=tuple(proof.problems.values())[: checkpoint_lib.MAX_PROBLEMS],
         versions=certificate_lib.versions(),
         created=certificate_lib.now(),
     )
 
 
-def _run(found: Certificate, path: epath.Path, partial: pathlib.Path, *, format: str, check: Check) -> Certificate:
+def _run(
+    found: Certificate, path: epath.Path, partial: pathlib.Path, *, format: str, options: Options, check: Check
+) -> Certificate:
     ours = GptjaxRunner.load(path)
     prompts = certificate_lib.prompts(ours, ours.model)
     source = certificate_lib.record(ours, prompts, seq_len=ours.model.seq_len)
@@ -216,16 +273,35 @@ def _run(found: Certificate, path: epath.Path, partial: pathlib.Path, *, format:
         missing, peer = str(error), reloaded(partial)
     with closing(peer):
         target = certificate_lib.record(peer, prompts, seq_len=ours.model.seq_len)
-        rounded = None
-        if format in _REOPENED and found.dtype not in _EXACT:
-            rounded = reloaded(partial)
-            if format == "hf":  # which is run in float32
-                found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
+        rounded = _rounded(partial, ours.model, format=format, options=options)
+        if rounded is not None and format == "hf":  # which is run in float32
+            found = dataclasses.replace(found, tolerance=certificate_lib.tolerance("float32", ours.model))
         judged = judge(found, source, target, runners=(ours, peer), check=check, rounded=rounded)
+        if check.text is not None:
+            written = ours if rounded is None else rounded.runner
+            judged = perplexities.judge(judged, check.text, ours, peer, written=written)
     if missing:
         peers = {**judged.referees, "missing": f"{missing}; gptjax read its own artefact instead"}
         return dataclasses.replace(judged, referees=peers)
     return judged
+
+
+def _rounded(partial: pathlib.Path, model: ModelConfig, *, format: str, options: Options) -> Rounded | None:
+    """Ours with what is read back, where that is not to the bit what ours computes with."""
+    dtype, reasons = _dtype(format, options), {}
+    if format not in _REOPENED:
+        return None
+    if dtype not in _EXACT:
+        reasons[f"values are rounded to {dtype}"] = certificate_lib.ROUNDING_KL[dtype]
+    if model.quant is not None:
+        reasons["what is in few bits here is multiplied as floats"] = certificate_lib.ROUNDING_KL["f16"]
+        if _few_bits(options) == "blocks_or_f16":
+            reasons["kernels that no block holds are rounded to f16"] = certificate_lib.ROUNDING_KL["f16"]
+        if any(rule.activations != "none" for rule in model.quant.rules):
+            reasons["inputs are rounded as the checkpoint says here alone"] = certificate_lib.ROUNDING_KL["q8_0"]
+    if not reasons:
+        return None
+    return Rounded(runner=reloaded(partial), reason="; ".join(reasons), max_kl=max(reasons.values()))
 
 
 def reloaded(path: pathlib.Path) -> GptjaxRunner:

@@ -21,14 +21,30 @@ class Check:
       proof: `values` only compares what was written, a tensor at a time, where it is written as it is (a checkpoint, or
         `hf`); `run` besides runs both implementations, which needs memory for the model.
       trace: told how the layers' outputs compare, where the peer shows them.
+      text: held-out text, as `eval.heldout` reads it, on which the perplexities of an export are compared too.
     """
 
     proof: Literal["run", "values"] = "run"
     trace: Callable[[str], None] | None = None
+    text: str | None = None
 
 
 CHECK = Check()
 """The default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """Ours with the values of an artefact, where that is not to the bit what the checkpoint is.
+
+    Attributes:
+      reason: what was done to them.
+      max_kl: nats a token that this may do to the model; more is no rounding.
+    """
+
+    runner: GptjaxRunner
+    reason: str
+    max_kl: float
 
 
 @contextmanager
@@ -47,32 +63,29 @@ def judge(
     *,
     runners: tuple[Runner, Runner],
     check: Check,
-    rounded: GptjaxRunner | None = None,
+    rounded: Rounded | None = None,
 ) -> Certificate:
     """The certificate with the figures of both runs, and what is outside of the tolerance.
 
     What rounding does to a model says nothing of the conversion, nor does a peer whose code runs a somewhat other
     model than the file says (`as_run`). So the peer is held against ours changed in the same way; how far that is
     from ours as it is becomes a note.
-
-    Args:
-      rounded: ours with the values that the artefact has, where they are not the checkpoint's.
     """
     records, sides, notes = [source, target], list(runners), list(found.notes)
     too_much: list[str] = []
     comparisons = certificate_lib.compare(*records)
     at = next(side for side, runner in enumerate(sides) if isinstance(runner, GptjaxRunner))
     plain, reason = _as_run(sides[1 - at], ours=sides[at])
-    reasons = [text for text in (f"values are rounded to {found.dtype}" if rounded else "", reason) if text]
+    reasons = [text for text in (rounded.reason if rounded else "", reason) if text]
     if reasons:
         notes.append(f"{'; '.join(reasons)}: beside the model as it is, {_worst(comparisons)}")
-        sides[at] = plain if rounded is None else _as_run(sides[1 - at], ours=rounded)[0]
+        sides[at] = plain if rounded is None else _as_run(sides[1 - at], ours=rounded.runner)[0]
         before = records[at]
         records[at] = _record_again(sides[at], source)
         comparisons = certificate_lib.compare(*records)
         if rounded is not None:
             before = _record_again(plain, source) if reason else before
-            too_much = list(_too_much(certificate_lib.compare(before, records[at]), found.dtype))
+            too_much = list(_too_much(certificate_lib.compare(before, records[at]), rounded))
     tokenizer = certificate_lib.compare_tokenizers(source, target, reason_of=_reason_of(runners))
     outside = certificate_lib.problems(comparisons, tokenizer, found.tolerance)
     problems = [*found.problems, *outside, *too_much]
@@ -108,12 +121,14 @@ def _record_again(runner: Runner, first: Record) -> Record:
     return certificate_lib.record(runner, first.prompts, seq_len=runner.model.seq_len)
 
 
-def _too_much(comparisons: Sequence[Comparison], dtype: str) -> Iterator[str]:
-    """A line for each prompt that tells two models apart by more than rounding to a dtype does."""
-    most = certificate_lib.ROUNDING_KL[dtype]
+def _too_much(comparisons: Sequence[Comparison], rounded: Rounded) -> Iterator[str]:
+    """A line for each prompt that tells two models apart by more than rounding does."""
     for row in comparisons:
-        if row.mean_kl_nats is not None and not row.mean_kl_nats <= most:
-            yield f"{row.prompt}: {dtype} is {row.mean_kl_nats:.3g} nats off the model, expected at most {most:g}"
+        if row.mean_kl_nats is not None and not row.mean_kl_nats <= rounded.max_kl:
+            yield (
+                f"{row.prompt}: {rounded.reason}: {row.mean_kl_nats:.3g} nats off the model, expected at most "
+                f"{rounded.max_kl:g}"
+            )
 
 
 def _worst(comparisons: Sequence[Comparison]) -> str:

@@ -96,9 +96,11 @@ class Unit:
 def units(family: Family, model: ModelConfig) -> list[Unit]:
     """Every tensor of the model, layer after layer; together they hold each of our values once.
 
-    A group that shares its weights is written once for each of its layers.
+    A group that shares its weights is written once for each of its layers. Kernels in few bits are the floats that they
+    stand for.
     """
-    shapes = {path: leaf.shape for path, leaf in arrays.flatten(transformer.abstract_params(model)).items()}
+    floats = transformer.abstract_params(dataclasses.replace(model, quant=None))
+    shapes = {path: leaf.shape for path, leaf in arrays.flatten(floats).items()}
     found: list[Unit] = []
     covered: set[str] = set()
     for prefix, index, layer, block in _scopes(model):
@@ -224,7 +226,10 @@ def read_config(family: Family, values: Mapping[str, Any], *, path: str) -> Mode
 
 
 def inference_form(model: ModelConfig) -> ModelConfig:
-    """The model with all that only training or the machine decides at its default, and layers in one grouping."""
+    """The model with all that only training or the machine decides at its default, and layers in one grouping.
+
+    So are few bits: what other frameworks are told of is the floats that they stand for.
+    """
 
     def plain(block: BlockConfig) -> BlockConfig:
         if not isinstance(block.mlp, MoEConfig):
@@ -235,7 +240,7 @@ def inference_form(model: ModelConfig) -> ModelConfig:
         return dataclasses.replace(block, mlp=mlp)
 
     blocks = tuple(plain(block) for block in model.blocks)
-    return dataclasses.replace(model, groups=group_layers(blocks), dtype="auto", remat="none")
+    return dataclasses.replace(model, groups=group_layers(blocks), dtype="auto", remat="none", quant=None)
 
 
 def group_layers(blocks: Sequence[BlockConfig]) -> tuple[LayerGroup, ...]:

@@ -85,7 +85,7 @@ def chunked_map(fn: Callable[[Array], Any], hidden_BTD: Array, *, num_chunks: in
     """
     if num_chunks == 1:
         return fn(hidden_BTD)
-    return jax.tree.map(_join, jax.lax.map(fn, _split(hidden_BTD, num_chunks=num_chunks)))
+    return jax.tree.map(_join, jax.lax.map(fn, split(hidden_BTD, num_chunks=num_chunks)))
 
 
 def pick_num_chunks(*, num_rows: int, seq_len: int, vocab_size: int, max_bytes: int | None = None) -> int:
@@ -167,7 +167,7 @@ def _chunked_loss(logits_fn, loss_fn, num_chunks, hidden_BTD, head_params, extra
     def body(carry, chunk):
         return jax.tree.map(jnp.add, carry, run(*chunk)), None
 
-    chunks = jax.tree.map(functools.partial(_split, num_chunks=num_chunks), (hidden_BTD, extras))
+    chunks = jax.tree.map(functools.partial(split, num_chunks=num_chunks), (hidden_BTD, extras))
     zeros = _zeros_like(jax.eval_shape(run, *jax.tree.map(lambda x: x[0], chunks)))
     return jax.lax.scan(body, zeros, chunks)[0]
 
@@ -194,7 +194,7 @@ def _chunked_loss_forward(logits_fn, loss_fn, num_chunks, hidden_BTD, head_param
     if num_chunks == 1:
         (loss, metrics, d_trained), d_hidden = run_with_gradients(hidden_BTD, extras)
     else:
-        chunks = jax.tree.map(functools.partial(_split, num_chunks=num_chunks), (hidden_BTD, extras))
+        chunks = jax.tree.map(functools.partial(split, num_chunks=num_chunks), (hidden_BTD, extras))
         shapes = jax.eval_shape(run_with_gradients, *jax.tree.map(lambda x: x[0], chunks))[0]
         (loss, metrics, d_trained), d_hidden = jax.lax.scan(body, _zeros_like(shapes), chunks)
         d_hidden = _join(d_hidden)
@@ -216,14 +216,14 @@ def _chunked_loss_backward(logits_fn, loss_fn, num_chunks, residuals, cotangents
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
 
 
-def _split(x: Array, *, num_chunks: int) -> Array:
-    """`[B, T, ...]` to `[C, B, T / C, ...]`."""
+def split(x: Array, *, num_chunks: int) -> Array:
+    """`[B, T, ...]` to `[C, B, T / C, ...]`, as `chunked_loss` cuts."""
     x = x.reshape(x.shape[0], x.shape[1] // num_chunks, num_chunks, *x.shape[2:])
     return jnp.moveaxis(x, 2, 0)
 
 
 def _join(x: Array) -> Array:
-    """Inverse of `_split`."""
+    """Inverse of `split`."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 

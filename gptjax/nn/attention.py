@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 from flax import linen as nn
@@ -11,11 +12,15 @@ from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
 from gptjax.nn.config import AttentionConfig, RopeConfig
+from gptjax.nn.formats import CacheFormat
 from gptjax.nn.init import declare
 from gptjax.nn.linear import Kernel, Linear, project
 from gptjax.nn.norm import Norm
 from gptjax.parallel.rules import constrain
 from gptjax.types import Array
+
+# Where modules leave values for who applies the model and asks for them: Flax's one collection that `init` never fills.
+SOWN = "intermediates"
 
 
 @flax.struct.dataclass
@@ -28,6 +33,7 @@ class Context:
       rope_tables: `(cos, sin)` of each entry of `rope_keys`, computed once for all layers.
       rope_keys: distinct rotary configurations of the model with their head sizes.
       causal: whether later positions are hidden.
+      cache_format: what keys and values are rounded to.
     """
 
     positions_BT: Array
@@ -35,13 +41,16 @@ class Context:
     rope_tables: tuple[tuple[Array, Array], ...]
     rope_keys: tuple[tuple[RopeConfig, int], ...] = flax.struct.field(pytree_node=False)
     causal: bool = flax.struct.field(pytree_node=False)
+    cache_format: CacheFormat | None = flax.struct.field(pytree_node=False, default=None)
 
     def rope_table(self, cfg: RopeConfig, head_dim: int) -> tuple[Array, Array]:
         return self.rope_tables[self.rope_keys.index((cfg, head_dim))]
 
 
 class Attention(nn.Module):
-    """`(x_BTD, cache) -> (y_BTD, cache)`: projections, rotation, attention, output projection.
+    """`(x_BTD, cache, kv) -> (y_BTD, cache, kv)`: projections, rotation, attention, output projection.
+
+    `kv` is what a layer attends to, which the next layer may use too.
 
     Attributes:
       out_scale: gain of the output projection's initial values.
@@ -52,27 +61,25 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
-    ) -> tuple[Array, Mapping[str, Array] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None, kv: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Any] | None, Mapping[str, Array]]:
         cfg, d_model = self.cfg, x_BTD.shape[-1]
-        weights = (
-            self._kernel("query", cfg.num_heads, "heads", d_model)(),
-            self._kernel("key", cfg.num_kv_heads, "kv_heads", d_model)(),
-            self._kernel("value", cfg.num_kv_heads, "kv_heads", d_model)(),
-        )
-        q_BTNH, k_BTKH, v_BTKH = project(x_BTD, weights)
-        if cfg.qk_norm is not None:
-            q_BTNH = Norm(cfg.qk_norm, axis="head_dim", name="query_norm")(q_BTNH)
-            k_BTKH = Norm(cfg.qk_norm, axis="head_dim", name="key_norm")(k_BTKH)
-        if cfg.rope is not None:
-            table = ctx.rope_table(cfg.rope, cfg.head_dim)
-            q_BTNH, k_BTKH = rope.rotate(q_BTNH, table), rope.rotate(k_BTKH, table)
-        q_BTNH = constrain(q_BTNH, "act_batch", "act_length", "act_heads", None)
-        kv = {"keys": k_BTKH, "values": v_BTKH}
-        if cache is not None:
-            cache, view = kv_cache.append(cache, kv, ctx.positions_BT, ring=cfg.window is not None)
+        weights = [self._kernel("query", cfg.num_heads, "heads", d_model)()]
+        if cfg.kv == "own":
+            weights.append(self._kernel("key", cfg.num_kv_heads, "kv_heads", d_model)())
+            weights.append(self._kernel("value", cfg.num_kv_heads, "kv_heads", d_model)())
+        q_BTNH, *own = project(x_BTD, weights)
+        q_BTNH = constrain(self._placed(q_BTNH, "query", ctx), "act_batch", "act_length", "act_heads", None)
+        if own:
+            entries = {"keys": self._placed(own[0], "key", ctx), "values": own[1]}
+            cache, view = kv_cache.attended(
+                cache, entries, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
+            )
         else:
-            view = {**kv, "positions": ctx.positions_BT}
+            assert kv is not None, "a pattern begins with a layer that has keys and values"
+            view = dict(kv)
+        for name, value in (("queries", q_BTNH), ("keys", view["keys"]), ("values", view["values"])):
+            self.sow(SOWN, name, value)
         o_BTNH = attention(
             q_BTNH,
             constrain(view["keys"], "act_batch", "act_kv_length", "act_kv_heads", None),
@@ -96,7 +103,16 @@ class Attention(nn.Module):
             scale=self.out_scale,
             name="out",
         )
-        return out(o_BTNH), cache
+        return out(o_BTNH), cache, view
+
+    def _placed(self, x_BTNH: Array, name: str, ctx: Context) -> Array:
+        """Queries or keys, normed, rotated by position, and turned as the cache's format has them."""
+        cfg = self.cfg
+        if cfg.qk_norm is not None:
+            x_BTNH = Norm(cfg.qk_norm, axis="head_dim", name=f"{name}_norm")(x_BTNH)
+        if cfg.rope is not None:
+            x_BTNH = rope.rotate(x_BTNH, ctx.rope_table(cfg.rope, cfg.head_dim))
+        return kv_cache.turned(x_BTNH, ctx.cache_format)
 
     def _kernel(self, name: str, num_heads: int, axis: str, d_model: int) -> Kernel:
         return Kernel(

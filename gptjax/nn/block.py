@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.nn.attention import Attention, Context
+from gptjax.nn.attention import SOWN, Attention, Context
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, MoEConfig
 from gptjax.nn.mla import LatentAttention
 from gptjax.nn.mlp import MLP
@@ -22,9 +22,6 @@ from gptjax.types import Array
 
 # Up to this many repeats are unrolled on CPU, where a loop hinders fusion across layers.
 _MAX_UNROLL_ON_CPU = 16
-
-# Flax's one collection that `init` never fills.
-RESIDUALS = "intermediates"
 
 
 def remat_policy(name: str) -> Callable[..., Any] | None:
@@ -45,23 +42,35 @@ def remat_policy(name: str) -> Callable[..., Any] | None:
     raise ValueError(f"remat={name!r}: expected none, full, dots or block_outputs")
 
 
+class Stream(NamedTuple):
+    """What goes from layer to layer.
+
+    Attributes:
+      x_BTD: the residual stream.
+      kv: what the last layer attended to, for a layer without keys and values of its own.
+    """
+
+    x_BTD: Array
+    kv: Mapping[str, Array] | None = None
+
+
 class Block(nn.Module):
-    """`(x_BTD, cache) -> (x_BTD, cache, aux)`; `aux` is empty without experts."""
+    """`(stream, cache) -> (stream, cache, aux)`; `aux` is empty without experts."""
 
     cfg: BlockConfig
     out_scale: float
 
     @nn.compact
-    def __call__(self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None) -> tuple[Array, Any, dict]:
-        cfg = self.cfg
-        x_BTD = constrain(x_BTD, "act_batch", "act_residual", "act_embed")
+    def __call__(self, stream: Stream, ctx: Context, cache: Mapping[str, Array] | None) -> tuple[Stream, Any, dict]:
+        cfg, kv = self.cfg, stream.kv
+        x_BTD = constrain(stream.x_BTD, "act_batch", "act_residual", "act_embed")
         attention_cls = Attention if isinstance(cfg.attention, AttentionConfig) else LatentAttention
         attention = attention_cls(cfg.attention, self.out_scale, name="attention")  # type: ignore[arg-type]
         aux: dict[str, Array] = {}
 
         def attend(x: Array) -> Array:
-            nonlocal cache
-            y, cache = attention(x, ctx, cache)
+            nonlocal cache, kv
+            y, cache, kv = attention(x, ctx, cache, kv)
             return checkpoint_name(y, "attention_out")
 
         def feed_forward(x: Array) -> Array:
@@ -75,8 +84,8 @@ class Block(nn.Module):
 
         x_BTD = self._branch("attention", attend, x_BTD)
         x_BTD = self._branch("mlp", feed_forward, x_BTD)
-        self.sow(RESIDUALS, "x_BTD", x_BTD)  # nothing, unless who applies the model asks for it
-        return x_BTD, cache, aux
+        self.sow(SOWN, "x_BTD", x_BTD)
+        return Stream(x_BTD, kv), cache, aux
 
     def _branch(self, name: str, fn: Callable[[Array], Array], x_BTD: Array) -> Array:
         cfg = self.cfg
@@ -97,14 +106,14 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array, cache: Mapping[str, Any] | None, ctx: Context) -> tuple[Array, tuple]:
-        caches, auxes = {}, {}
+        caches, auxes, stream = {}, {}, Stream(x_BTD)
         for j, block in enumerate(self.blocks):
             name = f"block_{j}"
             layer = Block(block, self.out_scale, name=name)
-            x_BTD, caches[name], aux = layer(x_BTD, ctx, None if cache is None else cache[name])
+            stream, caches[name], aux = layer(stream, ctx, None if cache is None else cache[name])
             if aux:
                 auxes[name] = aux
-        return x_BTD, (None if cache is None else caches, auxes)
+        return stream.x_BTD, (None if cache is None else caches, auxes)
 
 
 def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str | None) -> nn.Module:
@@ -119,7 +128,7 @@ def scan_group(group: LayerGroup, *, out_scale: float, remat: str, name: str | N
         body = nn.remat(body, policy=remat_policy(remat), prevent_cse=_unroll(group) > 1)
     scanned = nn.scan(
         body,
-        variable_axes={RESIDUALS: 0} if group.shared else {"params": 0, RESIDUALS: 0},
+        variable_axes={SOWN: 0} if group.shared else {"params": 0, SOWN: 0},
         variable_broadcast="params" if group.shared else False,
         split_rngs={"params": not group.shared},
         in_axes=(0, nn.broadcast),

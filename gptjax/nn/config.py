@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gptjax.nn.formats import CacheFormat, QuantConfig, RankRule
+
 Activation = Literal[
     "gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu", "swiglu_clamped"
 ]
@@ -95,6 +97,8 @@ class AttentionConfig:
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: one learned logit a head that takes part in the softmax and carries no value.
       scale: multiplies the scores; None is `head_dim ** -0.5`.
+      kv: `previous` has no keys and values of its own and attends to those of the layer before, which sees as far
+        (Brandon et al. 2024, arXiv:2405.12981).
     """
 
     num_heads: int
@@ -109,6 +113,7 @@ class AttentionConfig:
     softcap: float | None = None
     sinks: bool = False
     scale: float | None = None
+    kv: Literal["own", "previous"] = "own"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -216,64 +221,6 @@ class MoEConfig:
             )
 
 
-MIN_GROUP_SIZE = 4
-"""Of values that share a scale of 16 bits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFormat:
-    """The numbers that a kernel is stored in; see `nn.quantized`.
-
-    Attributes:
-      group_size: consecutive inputs that share a scale; None: all inputs of an output do.
-      symmetric: the middle code is 0; otherwise each group has a code for it.
-    """
-
-    dtype: Literal["int2", "int3", "int4", "int5", "int6", "int8", "fp8_e4m3"]
-    group_size: int | None = None
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < MIN_GROUP_SIZE:
-            raise ValueError(f"group_size={self.group_size}: expected none or at least {MIN_GROUP_SIZE}")
-        if not self.symmetric and self.dtype == "fp8_e4m3":
-            raise ValueError("fp8_e4m3: has no zero code; expected symmetric=True")
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 8 if self.dtype == "fp8_e4m3" else int(self.dtype.removeprefix("int"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelRule:
-    """How the kernels whose path matches are stored or trained.
-
-    Attributes:
-      pattern: regular expression, searched for in paths such as `group_0/block_1/attention/query/kernel`.
-      weights: None leaves them as they are.
-      activations: what the kernels' inputs are rounded to, row by row.
-    """
-
-    pattern: str
-    weights: WeightFormat | None = None
-    activations: Literal["none", "int8", "fp8_e4m3"] = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantConfig:
-    """Numbers of few bits in a model.
-
-    Attributes:
-      rules: of each kernel the first that matches counts; those without one are left as they are.
-      stage: `stored` kernels are `nn.quantized.QuantizedArray`s; `train` kernels are floats that each product rounds,
-        passing gradients through (quantisation-aware training).
-    """
-
-    rules: tuple[KernelRule, ...]
-    stage: Literal["stored", "train"] = "stored"
-
-
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One layer: attention and a feed-forward part, each inside a residual branch.
@@ -300,10 +247,33 @@ class LayerGroup:
     def __post_init__(self) -> None:
         if not self.pattern or self.repeats < 1:
             raise ValueError(f"a layer group needs blocks and repeats >= 1, got repeats={self.repeats}")
+        for before, block in zip((None, *self.pattern), self.pattern, strict=False):
+            if uses_others_kv(block):
+                _check_previous(before, block.attention)
 
     @property
     def num_layers(self) -> int:
         return len(self.pattern) * self.repeats
+
+
+def uses_others_kv(block: BlockConfig) -> bool:
+    """Whether a layer attends to the keys and values of the one before it."""
+    return isinstance(block.attention, AttentionConfig) and block.attention.kv == "previous"
+
+
+def _check_previous(before: BlockConfig | None, cfg: AttentionConfig | MLAConfig) -> None:
+    theirs = None if before is None else before.attention
+    if not isinstance(theirs, AttentionConfig):
+        raise ValueError(
+            "kv='previous': the layer before it in a group's pattern has keys and values of another kind, or there "
+            "is none; expected the first layer of a pattern, and what follows latent attention, to have kv='own'"
+        )
+    for name in ("num_kv_heads", "head_dim", "rope", "qk_norm", "window", "bias"):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise ValueError(
+                f"kv='previous': {name}={getattr(cfg, name)}, but the layer whose keys and values it uses has "
+                f"{getattr(theirs, name)}; expected the same"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +287,8 @@ class ModelConfig:
       logit_softcap: logits become `cap * tanh(logits / cap)`.
       dtype: of activations; `auto` is bfloat16 on accelerators and float32 on CPU.
       remat: what the backward pass recomputes; see `nn.block.remat_policy`.
-      quant: kernels in few bits.
+      quant: kernels, keys and values in few bits.
+      low_rank: kernels in two factors.
     """
 
     vocab_size: int
@@ -333,10 +304,21 @@ class ModelConfig:
     dtype: DType = "auto"
     remat: Remat = "none"
     quant: QuantConfig | None = None
+    low_rank: tuple[RankRule, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return sum(group.num_layers for group in self.groups)
+
+    @property
+    def has_stored_kernels(self) -> bool:
+        """Whether kernels are stored in few bits."""
+        return self.quant is not None and self.quant.stage == "stored" and bool(self.quant.rules)
+
+    @property
+    def kv_cache(self) -> CacheFormat | None:
+        """What keys and values are rounded to."""
+        return None if self.quant is None else self.quant.kv_cache
 
     @property
     def blocks(self) -> tuple[BlockConfig, ...]:

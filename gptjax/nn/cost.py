@@ -9,13 +9,19 @@ count the active ones. Recomputation is not counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
+from gptjax.nn import low_rank, storage
+from gptjax.nn.cache import init_cache
 from gptjax.nn.config import GATED_ACTIVATIONS, AttentionConfig, BlockConfig, MLAConfig, ModelConfig, MoEConfig
-from gptjax.nn.transformer import abstract_params
+from gptjax.nn.transformer import abstract_params, layouts
+
+_POSITIONS = jax.tree_util.DictKey("positions")
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,14 @@ class Flops:
 def count(cfg: ModelConfig) -> Counts:
     """Counts parameters from shapes, so that what exists is what is counted."""
     total = inactive = embedding = 0
-    floats = abstract_params(dataclasses.replace(cfg, quant=None))
+    floats = abstract_params(storage.with_float_kernels(cfg))
     for path, leaf in jax.tree_util.tree_leaves_with_path(floats):
         names = [str(key.key) for key in path]
         size = math.prod(leaf.shape)
         total += size
         if names[0] in ("embed", "head"):
             embedding += size
-        elif names[-2].startswith("experts_"):
+        elif any(name.startswith("experts_") for name in names):
             group, block = (int(name.rsplit("_", 1)[1]) for name in names[:2])
             moe = cfg.groups[group].pattern[block].mlp
             assert isinstance(moe, MoEConfig), f"{'/'.join(names)} in a block without experts"
@@ -82,7 +88,24 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> Flops:
         kernels += 2.0 * _active_kernel_size(block, cfg.d_model)
         pairs = attended_pairs(seq_len, window=block.attention.window, causal=cfg.causal) / seq_len
         attention += 2.0 * pairs * block.attention.num_heads * _pair_width(block)
+    kernels -= 2.0 * _saved_by_factors(cfg)
     return Flops(kernels=kernels, attention=attention, head=2.0 * cfg.d_model * cfg.vocab_size)
+
+
+def _saved_by_factors(cfg: ModelConfig) -> int:
+    """Multiply-adds a token that kernels in two factors need less than whole ones, in all the layers that use them."""
+    saved = 0
+    for path, layout in layouts(dataclasses.replace(cfg, low_rank=())).items():
+        rule = low_rank.rule_for(cfg.low_rank, path)
+        if rule is None:
+            continue
+        group, block = (int(name.rsplit("_", 1)[1]) for name in path.split("/")[:2])
+        inputs, outputs = layout.num_inputs, math.prod(layout.out_shape)
+        own = inputs * outputs - rule.rank * (inputs + outputs)
+        moe = cfg.groups[group].pattern[block].mlp
+        uses = moe.num_experts_per_token if isinstance(moe, MoEConfig) and "/experts_" in path else 1
+        saved += cfg.groups[group].repeats * uses * own
+    return saved
 
 
 def attended_pairs(seq_len: int, *, window: int | None, causal: bool) -> int:
@@ -93,15 +116,15 @@ def attended_pairs(seq_len: int, *, window: int | None, causal: bool) -> int:
     return backward if causal else 2 * backward - seq_len
 
 
-def cache_bytes_per_token(cfg: ModelConfig, *, bytes_per_value: int) -> int:
-    """Bytes that one position adds to the key/value cache while no window is full."""
-    width = 0
-    for block in cfg.blocks:
-        if isinstance(block.attention, AttentionConfig):
-            width += 2 * block.attention.num_kv_heads * block.attention.head_dim
-        else:
-            width += block.attention.kv_latent + block.attention.rope_head_dim
-    return width * bytes_per_value
+def cache_bytes_per_token(cfg: ModelConfig, *, dtype: Any = None) -> int:
+    """Bytes of keys and values that one position adds to the cache while no window is full.
+
+    Args:
+      dtype: as for `init_cache`.
+    """
+    cache = jax.eval_shape(functools.partial(init_cache, cfg, batch_size=1, max_len=1, dtype=dtype))
+    entries = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(cache) if path[-1] != _POSITIONS]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in entries)
 
 
 def _pair_width(block: BlockConfig) -> int:
@@ -118,7 +141,8 @@ def _active_kernel_size(block: BlockConfig, d_model: int) -> int:
     if isinstance(attention, MLAConfig):
         size = _latent_kernel_size(attention, d_model)
     else:
-        size = 2 * d_model * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
+        kv_heads = attention.num_kv_heads if attention.kv == "own" else 0
+        size = 2 * d_model * attention.head_dim * (attention.num_heads + kv_heads)
     projections = 3 if mlp.activation in GATED_ACTIVATIONS else 2
     if isinstance(mlp, MoEConfig):
         width = mlp.num_experts_per_token * mlp.d_ff + mlp.shared_d_ff

@@ -13,6 +13,7 @@ partial sums are added at the end.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from jax.sharding import Mesh
 from gptjax.kernels.grouped import place
 from gptjax.nn.config import MoEConfig
 from gptjax.nn.linear import AnyKernel, einsum, grouped
+from gptjax.nn.low_rank import Factors
 from gptjax.nn.mlp import activate
 from gptjax.nn.quantized import QuantizedArray
 from gptjax.parallel import rules
@@ -104,9 +106,19 @@ _UP, _DOWN = ("experts", None, "mlp"), ("experts", "mlp", None)
 def _weight_specs(mesh: Mesh, name: str, kernel: AnyKernel, bias: Array | None) -> tuple[Any, Any]:
     """The partitions of a projection's kernel and bias; an axis that does not divide a dimension leaves it whole."""
     names = _DOWN if name == "down" else _UP
-    stored = (names[0], names[2], names[1]) if isinstance(kernel, QuantizedArray) else names  # rows of outputs
-    kernel_spec = jax.tree.map(lambda array: rules.fitted_spec(mesh, stored, array.shape), kernel)
+    kernel_spec = _kernel_specs(mesh, names, kernel)
     return kernel_spec, None if bias is None else rules.fitted_spec(mesh, (names[0], names[2]), bias.shape)
+
+
+def _kernel_specs(mesh: Mesh, names: tuple[str | None, ...], kernel: AnyKernel) -> Any:
+    expert, ins, outs = names
+    if isinstance(kernel, Factors):
+        reduce = _kernel_specs(mesh, (expert, ins, None), kernel.reduce)
+        return dataclasses.replace(
+            kernel, reduce=reduce, expand=_kernel_specs(mesh, (expert, None, outs), kernel.expand)
+        )
+    stored = (expert, outs, ins) if isinstance(kernel, QuantizedArray) else names  # rows of outputs
+    return jax.tree.map(lambda array: rules.fitted_spec(mesh, stored, array.shape), kernel)
 
 
 class _Axes(NamedTuple):

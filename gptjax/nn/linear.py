@@ -5,7 +5,7 @@ Low-precision and factored kernels enter here, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,16 @@ from flax import linen as nn
 
 from gptjax.kernels import matmul
 from gptjax.kernels.grouped import Groups, grouped_matmul
-from gptjax.nn import few_bits, init, taps
-from gptjax.nn.quantized import Kernel as AnyKernel
+from gptjax.nn import few_bits, init, low_rank, taps
+from gptjax.nn.low_rank import Factors
+from gptjax.nn.quantized import Kernel as WholeKernel
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
 from gptjax.nn.taps import Seen, Tapped
 from gptjax.types import Array
 
 _OUTPUTS = "NHF"
-_NOT_PLAIN = (QuantizedArray, RoundedKernel, Tapped)
+AnyKernel = WholeKernel | Factors
+_NOT_PLAIN = (QuantizedArray, RoundedKernel, Factors, Tapped)
 
 
 def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
@@ -30,6 +32,9 @@ def einsum(spec: str, x: Array, kernel: AnyKernel) -> Array:
         x = x if kernel.x is None else kernel.x
         taps.record(kernel, Seen(few_bits.rows(spec, x), x))
         return einsum(spec, x, kernel.kernel)
+    if isinstance(kernel, Factors):
+        reduced, expanded = low_rank.specs(spec)
+        return einsum(expanded, einsum(reduced, x, kernel.reduce), kernel.expand)
     if isinstance(kernel, QuantizedArray | RoundedKernel):
         return few_bits.einsum(spec, x, kernel)
     return matmul.einsum(spec, x, kernel.astype(x.dtype))
@@ -51,14 +56,18 @@ def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
     if isinstance(kernel_EDF, Tapped):
         taps.record(kernel_EDF, Seen(x_MD, groups=groups))
         return grouped(x_MD, kernel_EDF.kernel, groups)
+    if isinstance(kernel_EDF, Factors):
+        return grouped(grouped(x_MD, kernel_EDF.reduce, groups), kernel_EDF.expand, groups)
     if isinstance(kernel_EDF, QuantizedArray | RoundedKernel):
         x_MD, kernel_EDF = few_bits.operands(x_MD, kernel_EDF)
     return grouped_matmul(x_MD, kernel_EDF.astype(x_MD.dtype), groups)
 
 
-def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any]) -> Any:
-    """A parameter of a module: a float one as declared, or what stands in its place in few bits."""
+def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any], *, num_lead: int = 0) -> Any:
+    """A parameter of a module: a float one as declared, or what stands in its place in few bits or two factors."""
     found = module.get_variable("params", name)
+    if isinstance(found, Mapping):
+        return Factors(found["reduce"], found["expand"], num_lead)
     return found if isinstance(found, _NOT_PLAIN) else module.param(name, init_fn)
 
 
@@ -86,7 +95,8 @@ class Kernel(nn.Module):
         ins = [self.shape[dim] for dim in self.in_dims]
         assert tuple(self.in_dims) == tuple(range(self.batch_dims, self.batch_dims + len(ins))), "inputs come first"
         layout = Layout(tuple(ins), tuple(self.shape[self.batch_dims + len(ins) :]))
-        kernel = stored(self, "kernel", init.declare(self.shape, self.axes, std=std, layout=layout))
+        init_fn = init.declare(self.shape, self.axes, std=std, layout=layout)
+        kernel = stored(self, "kernel", init_fn, num_lead=self.batch_dims)
         if not self.bias:
             return kernel, None
         kept = [dim for dim in range(len(self.shape)) if dim < self.batch_dims or dim not in self.in_dims]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,7 +11,7 @@ from flax import linen as nn
 from gptjax.kernels.attention import attention
 from gptjax.nn import cache as kv_cache
 from gptjax.nn import rope
-from gptjax.nn.attention import Context
+from gptjax.nn.attention import SOWN, Context
 from gptjax.nn.config import MLAConfig
 from gptjax.nn.linear import Kernel, Linear, einsum
 from gptjax.nn.norm import Norm
@@ -19,7 +20,7 @@ from gptjax.types import Array
 
 
 class LatentAttention(nn.Module):
-    """`(x_BTD, cache) -> (y_BTD, cache)`, with keys and values projected up from one latent a position.
+    """`(x_BTD, cache, kv) -> (y_BTD, cache, None)`, with keys and values projected up from one latent a position.
 
     Only the latent and one rotated key, shared by all heads, are cached. A single new token
     takes the absorbed form: the key projection is folded into the query and the value
@@ -35,17 +36,19 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Array] | None
-    ) -> tuple[Array, Mapping[str, Array] | None]:
+        self, x_BTD: Array, ctx: Context, cache: Mapping[str, Any] | None, kv: Mapping[str, Array] | None
+    ) -> tuple[Array, Mapping[str, Any] | None, None]:
+        del kv  # each layer has its own latents
         cfg = self.cfg
         table = ctx.rope_table(cfg.rope, cfg.rope_head_dim)
         q_BTNH = self._query(x_BTD)
         q_nope, q_rope = q_BTNH[..., : cfg.nope_head_dim], rope.rotate(q_BTNH[..., cfg.nope_head_dim :], table)
         latents_BTR, key_BTH = self._latents(x_BTD, table)
-        view = {"latents": latents_BTR, "rotated_keys": key_BTH, "positions": ctx.positions_BT}
-        if cache is not None:
-            new = {"latents": latents_BTR, "rotated_keys": key_BTH}
-            cache, view = kv_cache.append(cache, new, ctx.positions_BT, ring=cfg.window is not None)
+        q_rope, key_BTH = (kv_cache.turned(x, ctx.cache_format) for x in (q_rope, key_BTH))
+        new = {"latents": latents_BTR, "rotated_keys": key_BTH}
+        cache, view = kv_cache.attended(
+            cache, new, ctx.positions_BT, ring=cfg.window is not None, format=ctx.cache_format
+        )
         up_RNH, value_RNH = self._up_kernels()
         latents, keys = view["latents"].astype(x_BTD.dtype), view["rotated_keys"].astype(x_BTD.dtype)
         absorbed = cache is not None and x_BTD.shape[1] == 1
@@ -60,6 +63,8 @@ class LatentAttention(nn.Module):
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             k = jnp.concatenate([k_nope, shared], axis=-1)
             v = einsum("BSR,RNH->BSNH", latents, value_RNH)
+            for name, value in (("queries", q), ("keys", k), ("values", v)):
+                self.sow(SOWN, name, value)
         head = None if absorbed else "act_heads"
         o = attention(
             constrain(q, "act_batch", "act_length", "act_heads", None),
@@ -83,7 +88,7 @@ class LatentAttention(nn.Module):
             scale=self.out_scale,
             name="out",
         )
-        return out(o_BTNH), cache
+        return out(o_BTNH), cache, None
 
     def _query(self, x_BTD: Array) -> Array:
         cfg, d_model = self.cfg, x_BTD.shape[-1]

@@ -21,12 +21,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gptjax.nn.config import MIN_GROUP_SIZE, WeightFormat
+from gptjax.nn.formats import MIN_GROUP_SIZE, WeightFormat
 from gptjax.types import Array
 
 _BLOCKS = (32, 16, 8)
 _PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 _FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
+_FLOAT32_DIGITS, _FLOAT16_DIGITS = 24, 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +199,17 @@ def group_scale(rows: Array, format: WeightFormat) -> tuple[Array, Array | None]
 
 
 def stored_scale(scale: Array, format: WeightFormat) -> Array:
-    """A scale as it is stored: with few enough digits that the product with a code is exact in float32."""
-    if format.group_size is not None:
-        return scale.astype(jnp.float16)
+    """A scale as it is stored: with few enough digits that its product with a code is exact in float32.
+
+    Formats of others keep scales in float16, and of 4 bits the product with the zero as well: what is stored here has
+    so few digits that they hold the very values. It costs 2 ** -12 of a scale, 2 ** -8 of those beside such a zero.
+    """
+    digits = _FLOAT16_DIGITS - (format.bits if format.bits == 4 and not format.symmetric else 0)
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + 0x80) & jnp.uint32(0xFFFFFF00), jnp.float32)
+    dropped = jnp.uint32(_FLOAT32_DIGITS - digits)
+    rounded = (bits + (jnp.uint32(1) << (dropped - 1))) >> dropped << dropped
+    stored = jax.lax.bitcast_convert_type(rounded, jnp.float32)
+    return stored if format.group_size is None else stored.astype(jnp.float16)
 
 
 def encode(rows: Array, scale: Array, zero: Array | None, format: WeightFormat) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import jax
 
 from gptjax.nn import quantized
-from gptjax.nn.config import KernelRule, QuantConfig
+from gptjax.nn.config import ModelConfig
+from gptjax.nn.formats import KernelRule, QuantConfig
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
 from gptjax.types import Params
 
@@ -27,6 +29,29 @@ def rule_for(quant: QuantConfig | None, path: str) -> KernelRule | None:
         return None
     found = next((rule for rule in quant.rules if re.search(rule.pattern, path)), None)
     return None if found is None or (found.weights is None and found.activations == "none") else found
+
+
+def with_float_kernels(cfg: ModelConfig) -> ModelConfig:
+    """The model without its rules for kernels; what keys and values are rounded to stays."""
+    kept = None if cfg.kv_cache is None else QuantConfig(kv_cache=cfg.kv_cache)
+    return dataclasses.replace(cfg, quant=kept)
+
+
+def check(quant: QuantConfig, layouts: Layouts) -> None:
+    """Whether every rule is of some kernel, and these can have its format.
+
+    Raises:
+      ValueError: naming the rule, or the kernel.
+    """
+    for rule in quant.rules:
+        if not any(re.search(rule.pattern, path) for path in layouts):
+            raise ValueError(
+                f"{rule.pattern!r}: no kernel has this in its path; there are {', '.join(sorted(layouts))}"
+            )
+    for path, layout in layouts.items():
+        own = rule_for(quant, path)
+        if own is not None and own.weights is not None:
+            quantized.check(own.weights, layout, path=path)
 
 
 def store(quant: QuantConfig | None, params: Params, layouts: Layouts) -> Params:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gptjax.nn import rope, storage
-from gptjax.nn.attention import Context
-from gptjax.nn.block import RESIDUALS, Block, scan_group, sum_aux
+from gptjax.nn import cache as kv_cache
+from gptjax.nn import low_rank, rope, storage
+from gptjax.nn.attention import SOWN, Context
+from gptjax.nn.block import Block, Stream, scan_group, sum_aux
 from gptjax.nn.cache import KVCache
 from gptjax.nn.config import AttentionConfig, BlockConfig, ModelConfig, RopeConfig
 from gptjax.nn.init import EMBEDDING_STD, declare, draw
@@ -43,7 +44,11 @@ def store(cfg: ModelConfig, params: Params) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
-    """Shapes and dtypes of the parameters; nothing is allocated."""
+    """Shapes and dtypes of the parameters; nothing is allocated.
+
+    Raises:
+      ValueError: naming what cannot be stored as `cfg.quant` says.
+    """
     return storage.abstract(cfg.quant, nn.unbox(_abstract_boxed(cfg)), layouts(cfg))
 
 
@@ -81,25 +86,41 @@ def forward(
     return module.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, cache)  # type: ignore[return-value]
 
 
-def forward_with_residuals(
+class LayerValues(NamedTuple):
+    """What a layer computes on the way.
+
+    Attributes:
+      x_BTD: the residual stream after it, before the final norm.
+      queries, keys, values: `[B, T, heads, size]` as they are attended with, rotated and normed.
+    """
+
+    x_BTD: Array
+    queries: Array
+    keys: Array
+    values: Array
+
+
+def forward_with_layers(
     cfg: ModelConfig,
     params: Params,
     tokens_BT: Array,
     *,
     positions_BT: Array | None = None,
     segment_ids_BT: Array | None = None,
-) -> tuple[ModelOutput, list[Array]]:
-    """`forward`, and the residual stream `[B, T, D]` after each layer, before the final norm."""
+) -> tuple[ModelOutput, list[LayerValues]]:
+    """`forward`, and what each layer computed; what of it is not read is not kept by the compiled program."""
     positions_BT = _from_0(tokens_BT) if positions_BT is None else positions_BT
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
     output, kept = Transformer(cfg).apply(
-        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[RESIDUALS]
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, None, mutable=[SOWN]
     )
     found = []
     for i, group in enumerate(cfg.groups):
-        of_blocks = kept[RESIDUALS][f"group_{i}"]
         for repeat in range(group.repeats):
-            found += [of_blocks[f"block_{j}"]["x_BTD"][0][repeat] for j in range(len(group.pattern))]
+            for j in range(len(group.pattern)):
+                block = kept[SOWN][f"group_{i}"][f"block_{j}"]
+                attended = {name: values[0][repeat] for name, values in block["attention"].items()}
+                found.append(LayerValues(x_BTD=block["x_BTD"][0][repeat], **attended))
     return output, found  # type: ignore[return-value]
 
 
@@ -122,11 +143,12 @@ def residuals(cfg: ModelConfig, params: Params, tokens_BT: Array) -> list[Array]
     positions_BT = _from_0(tokens_BT)
     ctx = context(cfg, positions_BT, None)
     params = storage.as_trained(cfg.quant, params, layouts(cfg))
-    found = [Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)]
+    stream = Stream(Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT))  # type: ignore[arg-type]
+    found = [stream.x_BTD]
     for block, weights in layers(cfg, params):
-        x_BTD, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, found[-1], ctx, None)  # type: ignore[misc]
-        found.append(x_BTD)
-    return found  # type: ignore[return-value]
+        stream, _, _ = Block(block, out_scale=1.0).apply({"params": weights}, stream, ctx, None)  # type: ignore[misc]
+        found.append(stream.x_BTD)
+    return found
 
 
 def head_params(cfg: ModelConfig, params: Params) -> Kernel:
@@ -227,12 +249,13 @@ def context(cfg: ModelConfig, positions_BT: Array, segment_ids_BT: Array | None)
         rope_tables=tuple(rope.tables(*key, positions_BT) for key in keys),
         rope_keys=tuple(keys),
         causal=cfg.causal,
+        cache_format=cfg.kv_cache,
     )
 
 
 @functools.lru_cache(maxsize=64)
 def layouts(cfg: ModelConfig) -> dict[str, Layout]:
-    """Of each kernel that may be stored in few bits, by path."""
+    """Of each kernel, or factor of one, that may be stored in few bits, by path."""
     boxes = jax.tree_util.tree_leaves_with_path(_abstract_boxed(cfg), is_leaf=_is_box)
     return {storage.name(path): box.layout for path, box in boxes if box.layout is not None}
 
@@ -240,13 +263,14 @@ def layouts(cfg: ModelConfig) -> dict[str, Layout]:
 @functools.lru_cache(maxsize=64)
 def _abstract_boxed(cfg: ModelConfig) -> Any:
     """The tree of `nn.init.Declared` boxes around shapes."""
+    kv_cache.check(cfg)
 
     def declared() -> Any:
         tokens = jnp.zeros((1, 2), jnp.int32)
         return Transformer(cfg).init(jax.random.key(0), tokens, tokens, None, None)["params"]
 
     with rules.unsplit():
-        return jax.eval_shape(declared)
+        return low_rank.factored(cfg.low_rank, jax.eval_shape(declared))
 
 
 def _is_box(leaf: Any) -> bool:

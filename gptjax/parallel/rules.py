@@ -151,6 +151,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_each_device(tree: Any) -> Any:
+    """Arrays whole on every device of the mesh in use: for loops whose every turn would else send parts around."""
+    return tree if current_mesh() is None else jax.device_put(tree, replicated(jax.sharding.get_mesh()))
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any, axes_tree: Any, shapes_tree: Any) -> Any:
     """Layouts of a training state, found by matching paths and shapes with the parameters'.
 

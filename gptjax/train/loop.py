@@ -22,6 +22,7 @@ from gptjax.train.hooks import Hook
 from gptjax.train.state import TrainState
 from gptjax.train.step import OptimizerLike, StepFn, jit_train_step
 from gptjax.train.stop import StopRequest
+from gptjax.train.task import MixFn, RenewFn
 from gptjax.train.throughput import Throughput
 from gptjax.types import Batch, Metrics, Objective
 
@@ -57,6 +58,8 @@ def fit(
     log_every: int = 1,
     hooks: Sequence[Hook] = (),
     throughput: Throughput | None = None,
+    mix_fn: MixFn | None = None,
+    renew_fn: RenewFn | None = None,
 ) -> FitResult:
     """Trains until `num_steps`, counted from the beginning of the run, not from `state.step`.
 
@@ -66,11 +69,12 @@ def fit(
       batches: those of the steps after `state.step`; global arrays, or numpy on a single host.
       frozen: passed to the objective untouched, such as a teacher's parameters.
       log_every: steps between the figures given to the hooks; step 1 and the last are too.
+      mix_fn, renew_fn: see `train.task`; None of them leaves batches and state as they are.
 
     Raises:
       DivergedError: when the run no longer trains; no hook saw a state from after it went wrong.
     """
-    step_fn = jit_train_step(objective, optimizer, state, accumulate_steps=accumulate_steps, seed=seed)
+    step_fn = jit_train_step(objective, optimizer, state, accumulate_steps=accumulate_steps, seed=seed, mix_fn=mix_fn)
     return run_steps(
         step_fn,
         state,
@@ -80,6 +84,7 @@ def fit(
         log_every=log_every,
         hooks=hooks,
         throughput=throughput,
+        renew_fn=renew_fn,
     )
 
 
@@ -93,6 +98,7 @@ def run_steps(
     log_every: int = 1,
     hooks: Sequence[Hook] = (),
     throughput: Throughput | None = None,
+    renew_fn: RenewFn | None = None,
 ) -> FitResult:
     """`fit` for a step function that is already made."""
     step = int(state.step)
@@ -109,6 +115,7 @@ def run_steps(
             if batch is None:
                 outcome = "out_of_data"
                 break
+            state = state if renew_fn is None else renew_fn(step, state)
             state, metrics = step_fn(state, frozen, batch)
             step += 1
             with _located(state):

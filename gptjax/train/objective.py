@@ -121,12 +121,14 @@ class Term(NamedTuple):
       weight: of it; the data's own loss gets the rest of 1.
       loss_fn: `(logits [B, t, V], extras of these positions) -> [B, t]`.
       extras: a tree of `[B, T, ...]`; no gradient flows to them.
+      alone_BT: 1 at targets whose only loss this is, with the weight 1; None where there are none.
     """
 
     name: str
     weight: float
     loss_fn: Callable[[Array, Any], Array]
     extras: Any
+    alone_BT: Array | None = None
 
 
 def language_loss(
@@ -148,11 +150,14 @@ def language_loss(
       term: a further loss of each target, mixed with the data's.
 
     Metrics: `loss` (nats per target, cross-entropy alone), `accuracy`, `z_loss` where it is on,
-    the term's, and those of `router_metrics`.
+    the term's, with `_alone` behind its name that of targets where it stands alone, and those of `router_metrics`.
     """
+    alone_BT = None if term is None else term.alone_BT
+    alone_mask_BT = None if alone_BT is None else mask_BT * alone_BT
+    data_mask_BT = mask_BT if alone_mask_BT is None else mask_BT - alone_mask_BT
 
-    def chunk_loss(logits: Array, extras: tuple[Array, Array, Any]) -> tuple[Array, dict[str, Array]]:
-        targets, mask, given = extras
+    def chunk_loss(logits: Array, extras: tuple[Array, Any, Any]) -> tuple[Array, dict[str, Array]]:
+        targets, (mask, alone_mask), given = extras
         token = cross_entropy.softmax_nll(logits, targets)
         nll = jnp.sum(mask * token.nll)
         sums = {"loss": nll, "accuracy": jnp.sum(mask * token.correct)}
@@ -161,19 +166,27 @@ def language_loss(
         data = nll + sums.get("z_loss", 0.0)
         if term is None:
             return data, sums
-        sums[term.name] = jnp.sum(mask * term.loss_fn(logits, given))
-        return (1.0 - term.weight) * data + term.weight * sums[term.name], sums
+        values = term.loss_fn(logits, given)
+        sums[term.name] = jnp.sum(mask * values)
+        total = (1.0 - term.weight) * data + term.weight * sums[term.name]
+        if alone_mask is not None:
+            sums[f"{term.name}_alone"] = jnp.sum(alone_mask * values)
+            total += sums[f"{term.name}_alone"]
+        return total, sums
 
     total, sums = cross_entropy.chunked_loss(
         functools.partial(transformer.head_logits, config),
         chunk_loss,
         output.hidden_BTD,
         transformer.head_params(config, params),
-        (targets_BT, mask_BT, () if term is None else term.extras),
+        (targets_BT, (data_mask_BT, alone_mask_BT), () if term is None else term.extras),
         num_chunks=num_chunks(config, targets_BT.shape),
     )
-    weight = jnp.sum(mask_BT)
-    metrics = {name: Mean(value, weight) for name, value in sums.items()}
+    weight, data_weight = jnp.sum(mask_BT), jnp.sum(data_mask_BT)
+    metrics = {
+        name: Mean(value, weight - data_weight if name.endswith("_alone") else data_weight)
+        for name, value in sums.items()
+    }
     if not output.aux:
         return Loss(total, weight, metrics)
     aux = {**output.aux, "loss": target_fraction * output.aux["loss"]}

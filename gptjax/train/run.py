@@ -148,6 +148,8 @@ def _train(
         log_every=cfg.train.log_every,
         hooks=_hooks(cfg, path, setup, data, tokenizer, store, meta, account, latest or 0),
         throughput=throughput,
+        mix_fn=setup.task.carried.mix_fn if setup.task.carried else None,
+        renew_fn=prepared.renew_fn,
     )
     summary = _summary(cfg, path, setup, result, account, throughput)
     if hosts.is_lead():
@@ -164,13 +166,13 @@ def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainSta
         return {**transformer.init(setup.model, rng), **companions.init_fn(rng)}
 
     if cfg.train.init_from is None:
-        return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings), [stage]
+        return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings, extra=setup.shapes.extra), [stage]
     own, others = companions.apart(shardings.params)
     meta, params = start_from(cfg.train.init_from, setup.model, shardings=own, tokenizer=tokenizer)
     if others:
         params = {**params, **jax.jit(companions.init_fn, out_shardings=others)(jax.random.key(cfg.seed))}
     stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
-    return state_lib.from_params(params, tx, shardings=shardings), [*meta.lineage, stage]
+    return state_lib.from_params(params, tx, shardings=shardings, extra=setup.shapes.extra), [*meta.lineage, stage]
 
 
 def _check_stage(path: epath.Path, lineage: Sequence[Mapping[str, Any]], stage: Mapping[str, Any]) -> None:
@@ -356,7 +358,7 @@ def _summary(
     # The newest of each figure, also of those that were written down before a restart.
     for figures in (*(read_metrics(path) if hosts.is_lead() else ()), result.values):
         values |= figures
-    shown = ("loss", "accuracy", "skipped_steps", "tokens_per_second", "mfu")
+    shown = ("accuracy", "skipped_steps", "tokens_per_second", "mfu")
     return {
         "name": cfg.name,
         "outcome": result.outcome,
@@ -365,7 +367,7 @@ def _summary(
         "num_active_params": counts.active,
         **account.used(),
         "peak_memory_bytes": peak_memory_bytes(),
-        **{name: value for name, value in values.items() if name in shown or name.startswith("eval")},
+        **{name: value for name, value in values.items() if name in shown or "loss" in name or name.startswith("eval")},
         **throughput.overall(),
     }
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gptjax.data.loader import DataConfig
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.nn import transformer
+from gptjax.nn import storage, transformer
 from gptjax.nn.config import ModelConfig, MoEConfig
 from gptjax.nn.spec import ModelSpec
 from gptjax.optim import build
@@ -129,13 +129,16 @@ def make(cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None = None, *, task
         raise ValueError(f"train.keep_best={cfg.train.keep_best}: there is nothing to evaluate; give data.eval a store")
     model = cfg.model.build()
     check_experts(model, mesh)
+    if model.quant is not None:
+        storage.check(model.quant, transformer.layouts(model))
     if cfg.train.objective == "masked_lm":
         model = objectives.bidirectional(model)
     task = (task_fn or pretraining)(cfg, model, tokenizer)
     params = {**transformer.abstract_params(model), **task.companions.shapes}
     axes = {**transformer.param_axes(model), **task.companions.axes}
     optimizer = build.build(cfg.optim, params, axes, num_steps=cfg.train.num_steps, balance_rate=balance_rate(model))
-    shapes = state_lib.abstract_state(params, optimizer.tx)
+    extra = task.carried.shapes if task.carried else None
+    shapes = state_lib.abstract_state(params, optimizer.tx, extra=extra)
     shardings = rules.state_shardings(mesh, shapes, axes, params)
     return Setup(model, task, optimizer, shapes, shardings)
 

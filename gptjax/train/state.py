@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -39,6 +39,7 @@ def create(
     *,
     seed: int,
     shardings: Any = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """A fresh state, computed where it will live: no device and no host ever holds a whole copy.
 
@@ -47,22 +48,31 @@ def create(
       tx: what trains them.
       seed: of the parameters; the values do not depend on the shardings.
       shardings: a `TrainState` of shardings; None leaves everything on the default device.
+      extra: shapes of what `TrainState.extra` begins with, as zeros.
     """
 
     def build() -> TrainState:
-        return _fresh(init_fn(jax.random.key(seed)), tx)
+        return _fresh(init_fn(jax.random.key(seed)), tx, extra)
 
     return jax.jit(build, out_shardings=shardings)()
 
 
-def from_params(params: Params, tx: optax.GradientTransformation, *, shardings: Any = None) -> TrainState:
+def from_params(
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    shardings: Any = None,
+    extra: Mapping[str, Any] | None = None,
+) -> TrainState:
     """A state at step 0 that starts from existing parameters, for fine-tuning, recovery or distillation."""
-    return jax.jit(lambda params: _fresh(params, tx), out_shardings=shardings)(params)
+    return jax.jit(lambda params: _fresh(params, tx, extra), out_shardings=shardings)(params)
 
 
-def abstract_state(abstract_params: Params, tx: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    abstract_params: Params, tx: optax.GradientTransformation, *, extra: Mapping[str, Any] | None = None
+) -> TrainState:
     """The shapes and dtypes of `create`'s result; takes no memory."""
-    return jax.eval_shape(lambda params: _fresh(params, tx), abstract_params)
+    return jax.eval_shape(lambda params: _fresh(params, tx, extra), abstract_params)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -70,5 +80,6 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def _fresh(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), extra={})
+def _fresh(params: Params, tx: optax.GradientTransformation, extra: Mapping[str, Any] | None) -> TrainState:
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), dict(extra or {}))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), extra=zeros)

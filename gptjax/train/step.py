@@ -21,6 +21,7 @@ from gptjax.kernels import rows
 from gptjax.optim import guard
 from gptjax.parallel import rules
 from gptjax.train.state import TrainState, shardings_of
+from gptjax.train.task import MixFn
 from gptjax.types import Array, Batch, Mean, Metrics, Objective, Params
 
 StepFn = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
@@ -54,6 +55,7 @@ def train_step(
     accumulate_steps: int = 1,
     seed: int = 0,
     param_shardings: Any = None,
+    mix_fn: MixFn | None = None,
 ) -> StepFn:
     """The function `(state, frozen, batch) -> (state, metrics)` of one optimizer step; not jitted.
 
@@ -65,11 +67,13 @@ def train_step(
     Args:
       param_shardings: pins the gradients to the parameters' layout, so that sharded parameters get
         reduce-scattered gradients and never a whole copy; None leaves that to the compiler.
+      mix_fn: of `Carried`; None leaves batches as they are.
     """
     tx = optax.with_extra_args_support(optimizer.tx)
 
     def run(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        batch = batch if mix_fn is None else mix_fn(batch, state.extra, state.step)
 
         def sums_of(microbatch: Batch, index: Array | int) -> _Sums:
             return _loss_and_grads(objective, state, frozen, microbatch, jax.random.fold_in(rng, index))
@@ -104,6 +108,7 @@ def jit_train_step(
     *,
     accumulate_steps: int = 1,
     seed: int = 0,
+    mix_fn: MixFn | None = None,
 ) -> StepFn:
     """`train_step` compiled for the layout of `state`, whose buffers each call takes over.
 
@@ -111,7 +116,12 @@ def jit_train_step(
     """
     shardings = shardings_of(state)
     run = train_step(
-        objective, optimizer, accumulate_steps=accumulate_steps, seed=seed, param_shardings=shardings.params
+        objective,
+        optimizer,
+        accumulate_steps=accumulate_steps,
+        seed=seed,
+        param_shardings=shardings.params,
+        mix_fn=mix_fn,
     )
     # Without the input layout a fresh state, committed to no device yet, and the state that the first
     # step returns would be two signatures, and compile twice.

@@ -202,10 +202,10 @@ def test_generates_after_each_prompt(tokenizer):
     together = model.generate(prompts, max_new_tokens=4)
     assert [row[: len(prompt)] for row, prompt in zip(together, prompts, strict=True)] == prompts
     assert model.generate(prompts[1], max_new_tokens=4)[0] == together[1]
-    laid_out = model._generator()
-    assert model._generator() is laid_out, "parameters are laid out for decoding once, not at every call"
+    laid_out = model.inner()
+    assert model.inner() is laid_out, "parameters are laid out for decoding once, not at every call"
     model.params = jax.tree.map(lambda x: -x, model.params)
-    assert model._generator().params is model.params
+    assert model.inner().params is model.params
     with pytest.raises(TypeError, match="top_q"):
         model.generate(prompts, max_new_tokens=4, top_q=0.5)
 

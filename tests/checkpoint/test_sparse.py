@@ -12,7 +12,7 @@ import pytest
 from gptjax.checkpoint import arrays, meta, sparse, stream
 from gptjax.checkpoint.store import CheckpointStore, restore_params
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from tests.nn import zoo

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gptjax.compress import distill, matching
-from gptjax.compress.distill import DistillConfig
+from gptjax.compress.distill import DistillConfig, Layers
 from gptjax.kernels import cross_entropy
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.parallel import mesh as mesh_lib
 from gptjax.parallel import rules
 from gptjax.train import objective as objectives
@@ -43,8 +43,8 @@ TEACHING = random_params(TEACHER, seed=1)
 LEARNING = random_params(STUDENT, seed=2)
 
 
-def run(config, *, params=LEARNING, frozen=TEACHING, batch=BATCH, student=STUDENT, teacher=TEACHER, layers=(), **rest):
-    objective = distill.objective(student, teacher, config, layers=layers, **rest)
+def run(config, *, params=LEARNING, frozen=TEACHING, batch=BATCH, student=STUDENT, teacher=TEACHER, **rest):
+    objective = distill.objective(student, teacher, config, **rest)
 
     def total(params):
         loss = objective(params, frozen, batch, None, None)
@@ -132,8 +132,8 @@ def test_no_logits_of_the_whole_sequence_are_in_the_program(monkeypatch):
 def test_top_k_that_was_kept_is_as_good_as_the_teacher():
     config = DistillConfig(top_k=6, temperature=2.0)
     online, grads = run(config)
-    kept = jax.jit(distill.top_k_fn(config, TEACHER))(TEACHING, BATCH)
-    offline, offline_grads = run(config, frozen=(), batch=dataclasses.replace(BATCH, teacher=kept))
+    kept = jax.jit(distill.top_k_fn(config, TEACHER, vocab_size=TINY.vocab_size))(TEACHING, BATCH)
+    offline, offline_grads = run(config, frozen=(), batch=dataclasses.replace(BATCH, notes=kept))
     np.testing.assert_allclose(offline.total, online.total, rtol=1e-6)
     close(offline_grads, grads, atol=2e-5)
 
@@ -143,37 +143,37 @@ def test_residuals_are_those_of_the_layers_one_by_one():
         cfg = zoo.build(name) if name in zoo.ZOO else STUDENT
         params = random_params(cfg)
         tokens = BATCH.tokens % cfg.vocab_size
-        output, found = jax.jit(transformer.forward_with_residuals, static_argnums=0)(cfg, params, tokens)
+        output, found = jax.jit(transformer.forward_with_layers, static_argnums=0)(cfg, params, tokens)
         expected = transformer.residuals(cfg, params, tokens)[1:]
         assert len(found) == cfg.num_layers
-        close(found, expected, atol=2e-4)
+        close([values.x_BTD for values in found], expected, atol=2e-4)
         np.testing.assert_array_equal(
             output.hidden_BTD, jax.jit(transformer.forward, static_argnums=0)(cfg, params, tokens).hidden_BTD
         )
 
 
 def test_hidden_states_are_compared_through_projections():
-    layers = matching.layer_map(STUDENT, TEACHER)
+    layers = matching.layer_map(STUDENT, TEACHER, key="hidden_layers")
     assert layers == ((1, 2), (2, 3))
     companions = matching.projections(STUDENT, TEACHER, layers)
     projections = companions.init_fn(jax.random.key(0))
     assert jax.tree.map(jnp.shape, projections) == jax.tree.map(jnp.shape, companions.shapes)
     config = DistillConfig(hidden_weight=0.5)
-    loss, grads = run(config, params={**LEARNING, **projections}, layers=layers)
+    loss, grads = run(config, params={**LEARNING, **projections}, layers=Layers(hidden=layers))
     plain, _ = run(dataclasses.replace(config, hidden_weight=0.0))
     given = dict(positions_BT=BATCH.positions, segment_ids_BT=BATCH.segment_ids)
     mine, theirs = (
-        transformer.forward_with_residuals(cfg, params, BATCH.tokens, **given)[1]
+        transformer.forward_with_layers(cfg, params, BATCH.tokens, **given)[1]
         for cfg, params in ((STUDENT, LEARNING), (TEACHER, TEACHING))
     )
     expected = 0.0
     for s, t in layers:
-        error = np.float64(mine[s - 1]) @ projections[matching.NAME][f"layer_{s}"] - theirs[t - 1]
-        expected += (BATCH.loss_mask * (error**2).sum(-1) / (np.float64(theirs[t - 1]) ** 2).sum(-1)).sum() / 2
+        error = np.float64(mine[s - 1].x_BTD) @ projections[matching.NAME][f"layer_{s}"] - theirs[t - 1].x_BTD
+        expected += (BATCH.loss_mask * (error**2).sum(-1) / (np.float64(theirs[t - 1].x_BTD) ** 2).sum(-1)).sum() / 2
     np.testing.assert_allclose(loss.metrics["hidden_loss"].total, expected, rtol=1e-4)
     np.testing.assert_allclose(loss.total, plain.total + 0.5 * expected, rtol=1e-5)
     assert all(np.abs(g).max() > 0 for g in grads[matching.NAME].values())
-    same, _ = run(config, frozen=LEARNING, teacher=STUDENT, layers=matching.layer_map(STUDENT, STUDENT))
+    same, _ = run(config, frozen=LEARNING, teacher=STUDENT, layers=Layers(hidden=((1, 1), (2, 2))))
     assert same.metrics["hidden_loss"].total < 1e-9
     assert not matching.projections(STUDENT, STUDENT, layers).shapes
 
@@ -195,7 +195,7 @@ def test_a_teacher_in_few_bits_teaches():
 
 def test_contradictions_in_the_config_are_refused():
     for changes, message in (
-        (dict(weight=1.5), "weight=1.5 of the teacher: expected 0 to 1"),
+        (dict(weight=1.5), "weight=1.5: expected 0 to 1"),
         (dict(temperature=-1.0), "temperature=-1.0: expected above 0"),
         (dict(top_k=-1), "top_k=-1: expected at least 0"),
         (dict(cache="gs://x", top_k=3), "cache=gs://x: expected a local directory"),
@@ -210,4 +210,4 @@ def test_contradictions_in_the_config_are_refused():
         (((1, 1), (1, 2)), "expected each layer of the student once"),
     ):
         with pytest.raises(ValueError, match=message):
-            matching.layer_map(STUDENT, TEACHER, layers)
+            matching.layer_map(STUDENT, TEACHER, layers, key="hidden_layers")

@@ -50,6 +50,7 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     cfg = make({"data__eval": str(data_dir / "eval")}, temperature=2.0, hidden_weight=0.1)
     summary = teach(cfg, tmp_path)
     assert summary["outcome"] == "finished" and summary["eval/bits_per_byte"] > 0
+    assert all(summary[name] > 0 for name in ("loss", "distill_loss", "hidden_loss"))
     meta, params = restore_params(tmp_path)
     assert jax.tree.map(np.shape, params) == jax.tree.map(
         np.shape, dict(transformer.abstract_params(cfg.model.build()))
@@ -58,14 +59,18 @@ def test_a_student_is_saved_as_any_model_with_its_lineage(make, teacher, tmp_pat
     (stage,) = meta.lineage
     taught = read_meta(teacher / "ckpt" / "6")
     assert stage["stage"] == "distill" and stage["teacher"] == meta_lib.params_hash(taught.model, taught.checksums)
-    assert (stage["loss"], stage["temperature"], stage["weight"]) == ("forward_kl", 2.0, 0.5)
+    assert (stage["loss"], stage["temperature"], stage["weight"]) == ("forward_kl", 2.0, 0.9)
     files = [p for p in (tmp_path / "ckpt" / "6").rglob("*") if matching.NAME in str(p)]
     assert all("params" not in p.relative_to(tmp_path / "ckpt" / "6").parts[:1] for p in files)
     (first, *_), (*_, last) = (figures(tmp_path),) * 2
     assert last[2] < first[2], "the student comes nearer to its teacher"
 
 
-@pytest.mark.parametrize("keys", [dict(hidden_weight=0.1), dict(top_k=8, cache="cache")])
+# Between steps 3 and 6 rows are used that were written at step 2.
+OWN = dict(on_policy=0.5, on_policy_steps=2, on_policy_prompt=3, attention_weight=0.1)
+
+
+@pytest.mark.parametrize("keys", [dict(hidden_weight=0.1), dict(top_k=8, cache="cache"), OWN])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make, tmp_path, keys):
     if "cache" in keys:
         keys = keys | {"cache": str(tmp_path / "cache")}
@@ -133,7 +138,6 @@ def test_a_cache_of_something_else_is_refused(make, tmp_path):
 
 def test_a_teacher_that_does_not_fit_is_refused(make, tmp_path, teacher):
     for changes, keys, message in (
-        ({"model__vocab_size": 384}, {}, "has a vocabulary of 260, the student one of 384.*set model.vocab_size=260"),
         ({"model__seq_len": 32}, {}, "reads at most 16 tokens"),
         ({}, {"teacher": ""}, "distill.teacher: missing"),
         ({}, {"teacher": str(tmp_path / "none")}, "no checkpoint there"),
@@ -178,7 +182,7 @@ CHILD = CHILD.replace("RunConfig, json", "DistillRun, json").replace("sys.argv[2
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_two_hosts_compute_what_one_does(make, tmp_path, cached):
-    keys = dict(top_k=8, cache=str(tmp_path / "cache")) if cached else dict(top_k=8)
+    keys = dict(top_k=8, cache=str(tmp_path / "cache")) if cached else dict(top_k=8) | OWN
     # Both hosts hold parts of every row.
     cfg = make({"mesh": dict(data=1, fsdp=1, expert=1, context=4, tensor=2), "train__num_steps": 3}, **keys)
     if cached:

@@ -7,7 +7,7 @@ import pytest
 from gptjax.compress import gptq, scales
 from gptjax.compress.gptq import GPTQ
 from gptjax.nn import quantized
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.formats import WeightFormat
 
 OUTPUTS, INPUTS = 12, 48
 

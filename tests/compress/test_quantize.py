@@ -11,8 +11,9 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import restore_params
 from gptjax.compress import quantize, saving
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.nn import quantized, transformer
-from gptjax.nn.config import LayerGroup, WeightFormat
+from gptjax.nn import quant_spec, quantized, transformer
+from gptjax.nn.config import LayerGroup
+from gptjax.nn.formats import WeightFormat
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from tests.compress.test_calibrate import batches
@@ -31,7 +32,7 @@ def hidden(cfg, params, tokens):
 def run(cfg, params, name, *, weights=INT4, text=None, **options):
     method = METHODS[name]
     activations = "int8" if method.scaling == "smoothquant" else "none"
-    quant = quantize.rules(weights, activations=activations, **options)
+    quant = quant_spec.rules(weights, activations=activations, **options)
     text = batches(cfg, num=4, rows=4, length=16) if text is None else text
     return quantize.quantize(cfg, params, quant, method=method, batches=text if method.is_calibrated else ())
 
@@ -124,7 +125,7 @@ def test_what_cannot_be_done_is_refused_before_any_work():
     with pytest.raises(ValueError, match="no kernel is left"):
         run(cfg, params, "rtn", leave=".")
     with pytest.raises(ValueError, match="give activations=int8"):
-        quantize.check(cfg, quantize.rules(INT8), method=METHODS["smoothquant"])
+        quantize.check(cfg, quant_spec.rules(INT8), method=METHODS["smoothquant"])
     broken = {**params, "final_norm": {"scale": params["final_norm"]["scale"] * jnp.nan}}
     with pytest.raises(ValueError, match="final_norm/scale: has values that are not finite"):
         run(cfg, broken, "rtn")
@@ -167,7 +168,7 @@ def test_experts_without_tokens_and_singular_hessians_are_told():
     assert any("experts had no token" in note for note in found.notes)
     method = dataclasses.replace(METHODS["gptq"], gptq=dataclasses.replace(METHODS["gptq"].gptq, damping=0.0))
     text = [jnp.zeros((1, 2), jnp.int32)]
-    found = quantize.quantize(cfg, random_params(cfg), quantize.rules(INT4), method=method, batches=text)
+    found = quantize.quantize(cfg, random_params(cfg), quant_spec.rules(INT4), method=method, batches=text)
     assert any("the Hessian is singular" in note for note in found.notes)
 
 

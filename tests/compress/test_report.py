@@ -15,7 +15,7 @@ from gptjax.compress import measure, report
 from gptjax.data import loader, source, tokenizer, writer
 from gptjax.eval import charts, perplexity
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from tests.tiny import TINY, random_params
 
 SPEC = dataclasses.replace(TINY, vocab_size=260, seq_len=64)
@@ -91,28 +91,54 @@ def test_sizes_are_those_in_memory(original, variant):
     assert small.memory_bytes < 0.8 * plain.memory_bytes
 
 
+def test_a_rate_is_never_made_of_noise_alone():
+    assert measure._decode_rate(10, 3.0, 1.0) == 5.0
+    assert measure._decode_rate(10, 1.1, 1.0) == measure._decode_rate(10, 1.1, 1.2) == 10.0
+
+
 def test_no_point_of_the_front_is_behind_another():
     points = [(3.0, 1.0), (1.0, 5.0), (2.0, 2.0), (2.5, 2.5), (4.0, 1.0), (1.0, 6.0)]
     assert charts.pareto_front(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
 
 
+def saved(folder, cfg, params, kind):
+    meta = meta_lib.make(cfg, tokenizer=kind.fingerprint)
+    with CheckpointStore(folder) as store:
+        store.save(0, meta=meta, params=params, assets={tokenizer.FILE_NAME: kind.to_bytes()})
+
+
 def test_the_command_compares_checkpoints(original, variant, tmp_path):
-    for name, (cfg, params) in {"whole": original, "small <b>": variant}.items():
-        meta = meta_lib.make(cfg, tokenizer=tokenizer.byte_level().fingerprint)
-        with CheckpointStore(tmp_path / name) as store:
-            store.save(0, meta=meta, params=params, assets={tokenizer.FILE_NAME: tokenizer.byte_level().to_bytes()})
+    byte_level, long = tokenizer.byte_level(), "a name that is longer than others and has a <b> in it"
+    other = dataclasses.replace(SPEC, vocab_size=64).build()
+    letters = tokenizer.characters("abcdefghijklmnopqrstuvwxyz. ")
+    for name in ("whole", "damaged"):
+        saved(tmp_path / name, *original, byte_level)
+    saved(tmp_path / long, *variant, byte_level)
+    saved(tmp_path / "letters", other, random_params(other), letters)
+    largest = max((tmp_path / "damaged").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "experiments.compress_report", f"--ckpts={tmp_path}/whole,{tmp_path}/small <b>"]
-    command += [f"--data={tmp_path}/text.txt", f"--out={tmp_path}/out", "--num_tokens=512"]
+    questions = [{"query": f"{n} the", "choices": ["cat", "qqq"], "gold": 0} for n in range(20)]
+    (tmp_path / "cats.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    ckpts = ",".join(f"{tmp_path}/{name}" for name in ("whole", "damaged", "letters", long))
+    command = [sys.executable, "-m", "experiments.compress_report", f"--ckpts={ckpts}", "--num_tokens=512"]
+    command += [f"--data={tmp_path}/text.txt", f"--out={tmp_path}/out", f"--tasks={tmp_path}/cats.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     figures = json.loads((tmp_path / "out" / "compress.json").read_text())
     whole, small = figures["variants"]
     assert whole["quality"]["kl"] == 0 and small["quality"]["kl"] > 0
     assert small["disk_bytes"] < whole["disk_bytes"] and small["speed"]["decode"] > 0
+    assert figures["failures"].keys() == {"damaged", "letters"}
+    assert "has another tokenizer" in figures["failures"]["letters"]
+    assert whole["tasks"]["cats"]["num_questions"] == 20 and whole["tasks"]["cats"]["difference"] == 0
+    files = [path for path in (tmp_path / long / "ckpt" / "0" / "params").rglob("*") if path.is_file()]
+    assert small["disk_bytes"] == sum(path.stat().st_size for path in files)
     page = (tmp_path / "out" / "compress.html").read_text()
-    assert "small &lt;b&gt;" in page and "<b>" not in page and page.count("<circle") == 4
+    assert "a &lt;b&gt; in" in page and "<b>" not in page and page.count("<circle") == 4 and "Not measured" in page
     assert f"{small['quality']['perplexity']:,.2f}" in page
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and "has a report already, which is not overwritten" in again.stderr
 
 
 def test_lines_of_the_table_have_a_cell_for_each_head(original, batches):

@@ -65,7 +65,7 @@ def assert_equal(one, other):
 
 def test_shapes_and_types(cfg):
     (batch,) = take(cfg, 1)
-    assert batch.teacher == ()  # which has no leaf
+    assert batch.notes == ()  # which has no leaf
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         name = path[0].name
         assert isinstance(array, np.ndarray)

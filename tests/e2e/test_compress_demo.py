@@ -11,7 +11,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 MADE = {
     "int8", "int4_rtn", "int4_awq", "int4_gptq", "half_magnitude", "half_wanda", "half_sparsegpt", "2of4_magnitude",
-    "2of4_wanda", "2of4_sparsegpt", "cut", "cut_distilled", "alone",
+    "2of4_wanda", "2of4_sparsegpt", "cut", "shared", "cut_distilled", "cut_trained", "alone",
+    "shared_distilled",
 }  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def test_help_is_no_error(name):
          "config.distill.lose: unknown key; did you mean `loss`?"),
         ("distill", ["--workdir=x", CONFIG, "--config.distill.beta=2.0", "--config.distill.loss=jsd"],
          "config.distill: beta=2.0: expected above 0 and below 1"),
+        ("distill", ["--workdir=x", CONFIG, "--on_policy=1.5"], "config.distill: on_policy=1.5: expected 0 to 1"),
         ("pretrain", ["--workdir=x", "--config=none.py"], "No such file or directory: 'none.py'"),
         ("pretrain", ["--workdir=x", CONFIG, "--config.trian.num_steps=3"],
          "unknown key 'trian'; Did you mean \"train\""),

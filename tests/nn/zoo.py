@@ -33,6 +33,7 @@ ZOO = {
         "norm_placement": "sandwich", "attn_softcap": 5.0, "logit_softcap": 3.0, "attn_sinks": True,
         "activation": "geglu_tanh", "embed_scale": 4.0, "num_kv_heads": 1, "tie_embeddings": False,
     },
+    "kv_shared": {"num_layers": 4, "kv_every": 2, "window": 6, "global_every": 0, "qk_norm": True},
     "post": {"norm_placement": "post", "activation": "relu2", "rope_fraction": 0.5},
     "mla": {
         "mla": MLASpec(kv_latent=8, nope_head_dim=8, rope_head_dim=4, v_head_dim=6, q_latent=12),

@@ -30,11 +30,13 @@ class Move:
 
     Attributes:
       shapes: of GGUF's, from that of Hugging Face's.
+      turned: which of GGUF's have rows that are not all inputs of an output.
     """
 
     to_hf: Callable[[Sequence[np.ndarray]], np.ndarray]
     to_gguf: Callable[[np.ndarray], list[np.ndarray]]
     shapes: Callable[[Shape], list[Shape]] = lambda shape: [shape]
+    turned: tuple[int, ...] = ()
 
 
 SAME = Move(lambda parts: parts[0], lambda value: [value])
@@ -85,7 +87,10 @@ def absorbed_heads(attention: MLAConfig) -> Move:
         heads = value.reshape(num_heads, nope + v, -1)
         return [heads[:, :nope].swapaxes(1, 2), heads[:, nope:]]
 
-    return Move(to_hf, to_gguf, lambda shape: [(num_heads, shape[1], nope), (num_heads, v, shape[1])])
+    def shapes(shape: Shape) -> list[Shape]:
+        return [(num_heads, shape[1], nope), (num_heads, v, shape[1])]
+
+    return Move(to_hf, to_gguf, shapes, turned=(0,))
 
 
 Moves = Mapping[str, Move | Callable[[ModelConfig], Move]]

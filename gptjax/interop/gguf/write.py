@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import ml_dtypes
@@ -21,13 +23,15 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.interop import stream
 from gptjax.interop.checkpoint import CheckpointTensors
 from gptjax.interop.families import FAMILIES
-from gptjax.interop.gguf import ARCHITECTURES, names, read_model, rope
+from gptjax.interop.gguf import ARCHITECTURES, blocks, held, names, read_model, rope
 from gptjax.interop.gguf import tokenizer as gguf_tokenizer
 from gptjax.interop.gguf.config import Architecture, Found
-from gptjax.interop.gguf.file import GgufFile, gguf_package, write_header
+from gptjax.interop.gguf.file import GgufFile, GgufTensor, gguf_package, write_header
+from gptjax.interop.gguf.held import FewBits
 from gptjax.interop.gguf.names import Place
 from gptjax.interop.layout import Shape
 from gptjax.interop.source import Source
+from gptjax.interop.stored import Steps
 from gptjax.interop.table import Family, family_of, inference_form, units
 from gptjax.nn.config import BlockConfig, MLAConfig, ModelConfig
 
@@ -39,6 +43,7 @@ _FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
 _WRITE_VALUES = 1 << 22
 # Where few bits cost most, for what they save.
 _OUTER = ("token_embd.weight", "output.weight")
+_NO_FACTS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Plan:
     Attributes:
       tensors: shape and ggml's type of each, by name.
       places: where each tensor of Hugging Face's goes.
+      held: names of those that are blocks of the checkpoint's own codes.
     """
 
     architecture: Architecture
@@ -56,6 +62,7 @@ class Plan:
     tensors: Mapping[str, tuple[Shape, int]]
     places: Mapping[str, Place]
     rope_factors: np.ndarray | None
+    held: frozenset[str] = frozenset()
 
 
 def write(
@@ -63,8 +70,10 @@ def write(
     file: pathlib.Path,
     *,
     quantization: Quantization = "f16",
+    few_bits: FewBits = "blocks",
     family_name: str | None = None,
     name: str = "gptjax",
+    facts: Mapping[str, str] = _NO_FACTS,
     num_threads: int | None = None,
 ) -> Family:
     """Writes the GGUF file of a checkpoint; goes on with what an earlier call left.
@@ -73,24 +82,35 @@ def write(
     the embedding and the head are `q8_0`.
 
     Args:
+      quantization: of kernels that are floats.
+      few_bits: what becomes of those in few bits: `blocks` of the same codes, where the file's values are the
+        checkpoint's to the bit, or what follows for those that no block holds, or floats for all of them.
       family_name: as `model_type` names it; None takes the first that expresses the model.
       name: of the model, in the metadata.
+      facts: more metadata.
 
     Raises:
-      ValueError: if llama.cpp cannot run the model or its tokenizer, or the checkpoint is damaged.
+      ValueError: if llama.cpp cannot run the model or its tokenizer, no block holds a kernel's values, or the
+        checkpoint is damaged.
     """
     meta = reading.read_meta(epath.Path(checkpoint))
     content = reading.read_assets(epath.Path(checkpoint)).get(tokenizer_lib.FILE_NAME)
     tokenizer = None if content is None else tokenizer_lib.from_bytes(content)
     plan = make_plan(meta.model, quantization=quantization, family_name=family_name)
-    job = {"checkpoint": meta.checksums, "quantization": quantization, "family": plan.family.name}
-    journal = stream.Journal(file.with_name(file.name + ".journal"), job=job)
-    header = _create(file, plan, tokenizer, name=name, vocab_size=meta.model.vocab_size)
     tensors = CheckpointTensors(checkpoint, plan.family, meta.model, dtype=None)
+    plan = _in_blocks(plan, held.kinds(plan.places, tensors, few_bits=few_bits))
+    job = {"checkpoint": meta.checksums, "quantization": quantization, "family": plan.family.name}
+    journal = stream.Journal(file.with_name(file.name + ".journal"), job=job | {"few_bits": few_bits})
+    header = _create(file, plan, tokenizer, name=name, vocab_size=meta.model.vocab_size, facts=facts)
 
     def convert(task: stream.Tensor) -> list[int]:
-        value, sums = tensors[task.name].read_with_sums()
-        _put(header, plan.places[task.name], value)
+        place, tensor = plan.places[task.name], tensors[task.name]
+        parts, sums = tensor.read_parts()
+        in_blocks = plan.held.intersection(place.names)
+        if in_blocks:
+            _put_blocks(header, place, tensor.steps(parts), in_blocks)
+        if in_blocks != set(place.names):
+            _put(header, place, tensor.values(parts), but=in_blocks)
         return sums
 
     names = sorted(tensors, key=lambda key: (tensors[key].unit.ours[0].path, tensors[key].unit.ours[0].index))
@@ -115,8 +135,34 @@ def write_source(source: Source, file: pathlib.Path, *, quantization: Quantizati
     stream.run(_tasks(source.tensors, list(plan.places)), convert, None, label="for llama.cpp")
 
 
-def _create(file: pathlib.Path, plan: Plan, tokenizer: Tokenizer | None, *, name: str, vocab_size: int) -> GgufFile:
-    metadata = plan.metadata | {"general.name": name} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
+def _in_blocks(plan: Plan, kinds: Mapping[str, str]) -> Plan:
+    """With tensors of other types than those for floats."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, kind in kinds.items():
+        sizes[kind] += math.prod(plan.tensors[name][0]) if kind in blocks.KINDS else 0
+    metadata = dict(plan.metadata)
+    if sizes.total():
+        metadata["general.file_type"] = int(gguf_package().LlamaFileType[f"MOSTLY_{sizes.most_common(1)[0][0]}"])
+    return dataclasses.replace(
+        plan,
+        metadata=metadata,
+        tensors={
+            name: (shape, _type(kinds[name]) if name in kinds else kind) for name, (shape, kind) in plan.tensors.items()
+        },
+        held=frozenset(name for name, kind in kinds.items() if kind in blocks.KINDS),
+    )
+
+
+def _create(
+    file: pathlib.Path,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    *,
+    name: str,
+    vocab_size: int,
+    facts: Mapping[str, str] = _NO_FACTS,
+) -> GgufFile:
+    metadata = plan.metadata | {"general.name": name, **facts} | gguf_tokenizer.write(tokenizer, vocab_size=vocab_size)
     header = write_header(file, metadata, plan.tensors)
     if plan.rope_factors is not None:
         header.tensors[rope.FACTORS_TENSOR].write(plan.rope_factors)
@@ -252,18 +298,39 @@ def _kind(name: str, shape: Shape, quantization: Quantization) -> int:
     return kind
 
 
-def _put(header: GgufFile, place: Place, value: np.ndarray) -> None:
+def _put(header: GgufFile, place: Place, value: np.ndarray, *, but: Collection[str] = ()) -> None:
     for name, part in zip(place.names, place.move.to_gguf(value), strict=True):
-        tensor = header.tensors[name]
-        tensor = tensor if place.expert is None else tensor.part(place.expert)
-        if len(tensor.shape) == 1:
-            tensor.write(quantize(part, tensor.kind, name=name))
+        tensor = _in_place(header, place, name)
+        for rows, at in _pieces(tensor) if name not in but else ():
+            rows.write(quantize(part[at], tensor.kind, name=name))
+
+
+def _put_blocks(header: GgufFile, place: Place, value: Steps, names: Collection[str]) -> None:
+    moved = (place.move.to_gguf(each) for each in value)
+    for name, steps, scale in zip(place.names, *moved, strict=True):
+        if name not in names:
             continue
-        # What quantising needs besides is then a small part of the tensor.
-        step = max(_WRITE_VALUES // math.prod(tensor.shape[1:]), 1)
-        for start in range(0, tensor.shape[0], step):
-            rows = tensor.rows(start, min(start + step, tensor.shape[0]))
-            rows.write(quantize(part[start : start + step], tensor.kind, name=name))
+        tensor = _in_place(header, place, name)
+        kind = gguf_package().GGMLQuantizationType(tensor.kind).name
+        for rows, at in _pieces(tensor):
+            size = tensor.shape[-1]
+            rows.write(blocks.pack(Steps(steps[at].reshape(-1, size), scale[at].reshape(-1, size)), kind))
+
+
+def _in_place(header: GgufFile, place: Place, name: str) -> GgufTensor:
+    tensor = header.tensors[name]
+    return tensor if place.expert is None else tensor.part(place.expert)
+
+
+def _pieces(tensor: GgufTensor) -> Iterator[tuple[GgufTensor, slice]]:
+    """A tensor by rows: what quantising needs besides is then a small part of it."""
+    if len(tensor.shape) == 1:
+        yield tensor, slice(None)
+        return
+    step = max(_WRITE_VALUES // math.prod(tensor.shape[1:]), 1)
+    for start in range(0, tensor.shape[0], step):
+        stop = min(start + step, tensor.shape[0])
+        yield tensor.rows(start, stop), slice(start, stop)
 
 
 def quantize(value: np.ndarray, kind: int, *, name: str) -> np.ndarray:

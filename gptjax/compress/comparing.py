@@ -1,0 +1,122 @@
+"""What models are put through to be compared: the same text, the same questions, the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptjax.compress import measure
+from gptjax.compress.report import Variant
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.eval import heldout, tasks
+from gptjax.eval.heldout import HeldOut
+from gptjax.eval.task_files import Question
+from gptjax.eval.tasks import Answers
+from gptjax.nn.config import ModelConfig
+from gptjax.types import Params
+
+_MAX_ROW, _MAX_PROMPT = 512, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to be measured.
+
+    Attributes:
+      disk_bytes: of its checkpoint's files.
+      lineage: what was done to it, oldest first; see `checkpoint.meta.Meta`.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    disk_bytes: int
+    lineage: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """The original, and what every model is measured on.
+
+    Attributes:
+      answers: the original's, by task.
+    """
+
+    original: Candidate
+    text: HeldOut
+    questions: Mapping[str, Sequence[Question]]
+    answers: Mapping[str, Answers]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the figures are made of, in words."""
+        asked = {f"questions of {name}": len(found) for name, found in self.questions.items()}
+        return {"text": self.text.name, "targets": self.text.num_targets, "bytes": self.text.num_bytes} | asked
+
+
+def prepare(
+    original: Candidate,
+    *,
+    text: str,
+    seq_len: int | None,
+    num_tokens: int,
+    questions: Mapping[str, Sequence[Question]],
+) -> Exam:
+    """The exam that an original sets.
+
+    Args:
+      text: held-out; see `eval.heldout.read`.
+      seq_len: of its rows; None is the context, at most 512.
+      num_tokens: of it, at most.
+      questions: of each task.
+
+    Raises:
+      ValueError: if the text cannot be read, or the original has no tokenizer to read it with.
+    """
+    if original.tokenizer is None:
+        raise ValueError(f"{original.name}: has no tokenizer to read text with")
+    cfg = original.config
+    rows = heldout.read(text, original.tokenizer, seq_len=seq_len or min(cfg.seq_len, _MAX_ROW), num_tokens=num_tokens)
+    answers = {name: tasks.answer(cfg, original.params, original.tokenizer, found) for name, found in questions.items()}
+    return Exam(original=original, text=rows, questions=questions, answers=answers)
+
+
+def take(exam: Exam, candidate: Candidate) -> Variant:
+    """All figures of a model.
+
+    Raises:
+      ValueError: if it has another tokenizer or vocabulary than the original.
+    """
+    original = exam.original
+    assert original.tokenizer is not None, "the exam was read with it"
+    _check_tokenizer(candidate, original.name, original.tokenizer)
+    pair = (candidate.config, candidate.params)
+    (quality,) = measure.quality(
+        (original.config, original.params), [pair], exam.text.batches, num_bytes=exam.text.num_bytes
+    )
+    scores = {}
+    for name, questions in exam.questions.items():
+        answers = tasks.answer(*pair, original.tokenizer, questions)
+        scores[name] = tasks.score(answers, exam.answers[name])
+    return Variant(
+        name=candidate.name,
+        quality=quality,
+        size=measure.size(*pair),
+        speed=measure.speed(*pair, prompt_len=min(candidate.config.seq_len // 2, _MAX_PROMPT)),
+        disk_bytes=candidate.disk_bytes,
+        tasks=scores,
+        lineage=candidate.lineage,
+    )
+
+
+def _check_tokenizer(candidate: Candidate, name: str, wanted: Tokenizer) -> None:
+    """Its ids have to mean what the original's do; text is read with the original's, which other formats may change."""
+    found = candidate.tokenizer
+    if found is not None and (found.fingerprint == wanted.fingerprint or found.pieces == wanted.pieces):
+        return
+    raise ValueError(
+        f"{candidate.name}: has {'no tokenizer' if found is None else 'another tokenizer'}, where {name}'s is needed: "
+        "tokens are what the figures are of; compare models of one tokenizer"
+    )
