@@ -156,10 +156,10 @@ def test_calibration_that_is_not_finite_names_the_layer_and_the_kernel():
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_three_bits_with_zeros_take_their_bits_and_no_more(name):
     cfg = zoo.build(name, d_model=32, d_ff=64)
-    found = run(cfg, random_params(cfg), "gptq", weights=WeightFormat(dtype="int3", group_size=16, symmetric=False))
+    found = run(cfg, random_params(cfg), "gptq", weights=WeightFormat(dtype="int3", group_size=8, symmetric=False))
     for leaf in found.leaves:
-        if leaf.treatment != "left":  # 3 bits, and a scale of 16 and a zero of 8 for 16 of them
-            assert leaf.bytes_after == leaf.bytes_before / 4 * (3 + (16 + 8) / 16) / 8, leaf.path
+        if leaf.treatment != "left":  # 3 bits, and a scale of 16 and a zero of 8 for 8 of them
+            assert leaf.bytes_after == leaf.bytes_before / 4 * (3 + (16 + 8) / 8) / 8, leaf.path
 
 
 def test_experts_without_tokens_and_singular_hessians_are_told():
