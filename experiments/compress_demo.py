@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 
 from experiments import common
-from experiments.stages import Stages
-from gptjax.json_files import read_json, write_json
+from experiments.stages import Stages, plan
+from gptjax.json_files import read_json
 
 _DEMO = flags.DEFINE_string("demo", "runs/demo", "Directory of the finished demo; only read.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/compressed", "Directory of what is made of it.")
@@ -94,18 +94,13 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages) -> 
 
 
 def _num_steps(demo: Path, workdir: Path) -> int:
-    """As many steps of a student as take --train_minutes, by the demo's own; planned once."""
-    path, minutes = workdir / "plan.json", _MINUTES.value
-    if not path.exists():
+    """As many steps of a student as take --train_minutes, by the time of the demo's own."""
+
+    def of_demo() -> dict[str, Any]:
         seconds = _STEP_COST * statistics.median(read_json(demo / "plan.json")["step_seconds"])
-        write_json(path, {"train_minutes": minutes, "num_steps": max(20, int(60 * minutes / seconds))})
-    plan = read_json(path)
-    if plan["train_minutes"] != minutes:
-        raise ValueError(
-            f"{path}: planned for {plan['train_minutes']:g} minutes, got --train_minutes={minutes:g}; "
-            "choose another --workdir"
-        )
-    return plan["num_steps"]
+        return {"num_steps": max(20, int(60 * _MINUTES.value / seconds))}
+
+    return plan(workdir, minutes=_MINUTES.value, make_fn=of_demo)["num_steps"]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 from absl import flags
 
 from experiments import common
-from experiments.stages import Stages
+from experiments.stages import Stages, plan
 from gptjax.json_files import read_json, write_json
 from gptjax.train import metrics
 
@@ -62,24 +62,20 @@ def main() -> None:
 
 def _num_steps(workdir: Path, pretrain: list[str], stages: Stages) -> int:
     """As many steps as fit into --train_minutes on this machine, timed in a run of its own before the first."""
-    path, trial, minutes = workdir / "plan.json", workdir / "trial", _TRAIN_MINUTES.value
-    if not path.exists():
+
+    def timed() -> dict[str, Any]:
+        trial = workdir / "trial"
         few = {"num_steps": _TRIAL_STEPS, "log_every": 5, "eval_batches": 1}
         shutil.rmtree(trial, ignore_errors=True)
         flags_of_trial = [f"--config.train.{key}={value}" for key, value in few.items()]
         stages.run("pretrain", *pretrain, *flags_of_trial, f"--workdir={trial}", label="trial")
         seconds = [row["step_seconds"] for row in metrics.read_metrics(trial) if "step_seconds" in row]
-        # A median: a machine may be busy for a moment.
-        num_steps = max(_TRIAL_STEPS, int(60 * minutes / statistics.median(seconds)))
-        write_json(path, {"train_minutes": minutes, "step_seconds": seconds, "num_steps": num_steps})
         shutil.rmtree(trial)
-    plan = read_json(path)
-    if plan["train_minutes"] != minutes:
-        raise ValueError(
-            f"{path}: this run was planned for {plan['train_minutes']:g} minutes, got --train_minutes={minutes:g}; "
-            "choose another --workdir"
-        )
-    return plan["num_steps"]
+        # A median: a machine may be busy for a moment.
+        num_steps = max(_TRIAL_STEPS, int(60 * _TRAIN_MINUTES.value / statistics.median(seconds)))
+        return {"step_seconds": seconds, "num_steps": num_steps}
+
+    return plan(workdir, minutes=_TRAIN_MINUTES.value, make_fn=timed)["num_steps"]
 
 
 def _finish(workdir: Path, scores: dict[str, Any], samples: dict[str, Any], stages: Stages) -> None:

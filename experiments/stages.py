@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from experiments import common
 from gptjax.json_files import read_json, write_json
@@ -65,6 +65,24 @@ class Stages:
             "wall_seconds": sum(costs.get("seconds", 0.0) for costs in self._costs.values()),
             "peak_memory_bytes": max(costs.get("peak_memory_bytes", 0) for costs in self._costs.values()),
         }
+
+
+def plan(directory: Path, *, minutes: float, make_fn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make_fn` planned for so many minutes of training; made once and kept, since a machine's speed varies.
+
+    Raises:
+      ValueError: if it was made for another time.
+    """
+    path = directory / "plan.json"
+    if not path.exists():
+        write_json(path, {"train_minutes": minutes, **make_fn()})
+    found = read_json(path)
+    if found["train_minutes"] != minutes:
+        raise ValueError(
+            f"{path}: this was planned for {found['train_minutes']:g} minutes, got --train_minutes={minutes:g}; "
+            "choose another --workdir"
+        )
+    return found
 
 
 def _take(lock: TextIO) -> None:

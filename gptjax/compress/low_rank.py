@@ -157,7 +157,7 @@ def check(cfg: ModelConfig) -> None:
     """Raises:
     ValueError: for a model whose kernels are not single arrays of floats.
     """
-    if cfg.quant is not None and cfg.quant.stage == "stored":
+    if cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: factorise first, then quantise the factors")
     if cfg.low_rank:
         raise ValueError("the model's kernels are in two factors already; start from the one that they were made from")

@@ -153,7 +153,7 @@ def check(cfg: ModelConfig) -> None:
     """Raises:
     ValueError: for a model whose kernels are not single arrays of floats.
     """
-    if cfg.quant is not None and cfg.quant.stage == "stored":
+    if cfg.has_stored_kernels:
         raise ValueError("the model's kernels are in few bits already: share in the model that they were made from")
     if cfg.low_rank:
         raise ValueError("the model's kernels are in two factors already: share in the model that they were made from")
