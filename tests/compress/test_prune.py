@@ -212,28 +212,42 @@ def test_what_cannot_be_pruned_so_is_refused_before_the_work():
         ("magnitude", None),
         ("wanda", None),
         ("sparsegpt", sparsegpt.PUBLISHED),
-        pytest.param(
-            "sparsegpt",
-            SparseGPT(),
-            marks=pytest.mark.xfail(strict=False, reason="aimed weights differ by more; the cause is not known yet"),
-        ),
     ],
 )
 def test_eight_devices_prune_as_one_does(name, method, config):
     cfg = zoo.build(name)
-    params = random_params(cfg)
-    text, sparsity = batches(cfg, rows=4, length=32), sparsity_lib.parse("2:4")
-    prune_it = functools.partial(prune.prune, cfg, batches=text, method=method, sparsity=sparsity, config=config)
-    alone = flat(prune_it(params)[1])
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2, rules="standard"))
-    with jax.set_mesh(mesh):
-        places = rules.tree_shardings(mesh, transformer.param_axes(cfg), transformer.abstract_params(cfg))
-        spread = flat(prune_it(jax.tree.map(jax.device_put, params, places))[1])
+    alone, spread = (flat(params) for params in alone_and_spread(cfg, method, config))
     for path, leaf in spread.items():
         # Sums in another order decide between weights that cost nearly the same, and the inverse of the Hessian of
         # these few rows makes them count in the third digit.
         assert np.mean((leaf == 0) == (alone[path] == 0)) > 0.98, path
         assert np.mean(np.abs(leaf - alone[path]) < 0.02) > 0.98, path
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_what_is_fitted_is_as_good_on_eight_devices(name):
+    # Conjugate gradients that have not converged differ by far more than their sums do, on one device too where the
+    # rows come in another order. How far the outputs are from the original's does not.
+    cfg = zoo.build(name)
+    tokens = batches(cfg, num=1, rows=8, length=32)[0]
+    original = transformer.forward(cfg, random_params(cfg), tokens).hidden_BTD
+    off = [
+        float(jnp.linalg.norm(transformer.forward(cfg, jax.device_get(params), tokens).hidden_BTD - original))
+        for params in alone_and_spread(cfg, "sparsegpt", SparseGPT())
+    ]
+    assert off[1] == pytest.approx(off[0], rel=0.02)
+
+
+def alone_and_spread(cfg, method, config):
+    """A model pruned on one device, and on eight."""
+    params = random_params(cfg)
+    text, sparsity = batches(cfg, rows=4, length=32), sparsity_lib.parse("2:4")
+    prune_it = functools.partial(prune.prune, cfg, batches=text, method=method, sparsity=sparsity, config=config)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2, rules="standard"))
+    with jax.set_mesh(mesh):
+        places = rules.tree_shardings(mesh, transformer.param_axes(cfg), transformer.abstract_params(cfg))
+        spread = prune_it(jax.tree.map(jax.device_put, params, places))[1]
+    return prune_it(params)[1], spread
 
 
 def test_a_model_that_is_trained_rounded_is_pruned_as_its_floats():
