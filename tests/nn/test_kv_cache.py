@@ -92,7 +92,8 @@ def by_hand(x, bits, *, group_size, symmetric):
         rounded = np.clip(np.round(grouped / np.where(scale == 0, 1, scale)), -most, most) * scale
     else:
         low, high = np.minimum(grouped.min(-1, keepdims=True), 0), np.maximum(grouped.max(-1, keepdims=True), 0)
-        scale = ((high - low) / np.float32(2**bits - 1)).astype(np.float16).astype(np.float32)
+        mantissa, exponent = np.frexp((high - low) / np.float32(2**bits - 1))
+        scale = np.ldexp(np.floor(mantissa * 2**7 + 0.5) / 2**7, exponent)  # 7 digits, see `quantized.stored_scale`
         zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
         rounded = (np.clip(np.round(grouped / scale) + zero, 0, 2**bits - 1) - zero) * scale
     return rounded.reshape(x.shape)
