@@ -66,9 +66,15 @@ def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
 def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any], *, num_lead: int = 0) -> Any:
     """A parameter of a module: a float one as declared, or what stands in its place in few bits or two factors."""
     found = module.get_variable("params", name)
+    if isinstance(found, Tapped):
+        return found.replace(kernel=_joined(found.kernel, num_lead))  # type: ignore[attr-defined]
     if isinstance(found, Mapping):
-        return Factors(found["reduce"], found["expand"], num_lead)
+        return _joined(found, num_lead)
     return found if isinstance(found, _NOT_PLAIN) else module.param(name, init_fn)
+
+
+def _joined(kernel: Any, num_lead: int) -> Any:
+    return Factors(kernel["reduce"], kernel["expand"], num_lead) if isinstance(kernel, Mapping) else kernel
 
 
 class Kernel(nn.Module):

@@ -31,6 +31,9 @@ def min_max(rows, format):
         low, high = np.minimum(rows.min(1), 0), np.maximum(rows.max(1), 0)
         scale = (high - low) / largest
     scale = scale.astype(np.float16).astype(np.float64)
+    if format.bits == 4 and not format.symmetric:  # 7 digits, see `quantized.stored_scale`
+        mantissa, exponent = np.frexp(((high - low) / largest).astype(np.float32))
+        scale = np.ldexp(np.floor(mantissa * 2**7 + 0.5) / 2**7, exponent).astype(np.float64)
     if not format.symmetric:
         zero = np.clip(np.round(-low / scale), 0, largest)
     return scale, zero

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.compress import calibrate, low_rank, prune, quantize
 from gptjax.compress.calibrate import Inputs
-from gptjax.nn import quantized, transformer
+from gptjax.nn import quant_spec, quantized, transformer
 from gptjax.nn.formats import WeightFormat
 from gptjax.optim.sparsity import Sparsity
 from gptjax.parallel import rules
@@ -120,7 +120,7 @@ def test_factors_are_quantised_and_pruned_by_what_they_are_multiplied_with():
 
     calibrate.walk(thin.model, thin.params, text, treat)
     assert seen.keys() == {path for path in transformer.layouts(thin.model) if path.startswith("group_")}
-    quant = quantize.rules(WeightFormat(dtype="int8"))
+    quant = quant_spec.rules(WeightFormat(dtype="int8"))
     done = quantize.quantize(thin.model, thin.params, quant, method=quantize.METHODS["gptq"], batches=text)
     assert quantized.is_quantized(done.params["group_0"]["block_0"]["mlp"]["up"]["kernel"]["expand"])
     states = [transformer.forward(*model, text[0]).hidden_BTD for model in (thin[:2], done[:2])]
@@ -171,7 +171,7 @@ def test_what_is_factored_or_in_few_bits_is_refused():
     thin = low_rank.factorise(cfg, params, [], ranks)
     with pytest.raises(ValueError, match="in two factors already"):
         low_rank.factorise(*thin[:2], [], ranks)
-    quant = quantize.rules(WeightFormat(dtype="int8"))
+    quant = quant_spec.rules(WeightFormat(dtype="int8"))
     with pytest.raises(ValueError, match="in few bits already: factorise first"):
         low_rank.ranks_of_size(dataclasses.replace(cfg, quant=quant), 0.5)
     with pytest.raises(ValueError, match="rank=16 of a kernel of 16 inputs"):

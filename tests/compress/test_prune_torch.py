@@ -65,7 +65,7 @@ def output_error(changed, weights, hessian):
 
 
 def inputs_of(hessian):
-    return calibrate.Inputs(hessian, np.zeros(len(hessian)), np.zeros(len(hessian)), np.float32(1.0))
+    return calibrate.Inputs(hessian, np.zeros(len(hessian)), np.zeros(len(hessian)), np.float32(1.0), hessian)
 
 
 def correlated(rng, rows, size):

@@ -117,7 +117,7 @@ def test_the_cache_shrinks_as_the_costs_say():
         cache = init_cache(cfg, batch_size=1, max_len=32)
         entries = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(cache) if path[-1].key != "positions"]
         sizes[every] = sum(leaf.nbytes for leaf in entries) // 32
-        assert sizes[every] == cost.cache_bytes_per_token(cfg, bytes_per_value=4)
+        assert sizes[every] == cost.cache_bytes_per_token(cfg)
         width = TINY.num_kv_heads * TINY.head_dim
         saved = (4 - 4 // every) * 2 * TINY.d_model * width
         whole = spec(num_layers=4).build()
