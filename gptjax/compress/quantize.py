@@ -220,7 +220,9 @@ class _Treated(NamedTuple):
         return quantized.pack(codes, scale, zero, format=format, layout=site.layout, activations=rule.activations)
 
     def _record(self, site: Site, error: Array, inputs: Inputs) -> None:
-        self.how[site.path] = _names(self.method)
+        # Experts have other rows in the model as it was, so their outputs there say nothing.
+        aimed = ", not aimed at the original's outputs" if self.method.propagate and inputs.drift is None else ""
+        self.how[site.path] = _names(self.method) + aimed
         self.errors.setdefault(site.path, []).append(float(error))
         unseen = int((inputs.count == 0).sum())
         if unseen:
