@@ -61,7 +61,7 @@ def main() -> None:
     make("share", "shared", "--pattern=adjacent", f"--unique={layers}")
     made += _train(demo, workdir, model, stages)
     report = workdir / "report"
-    if not (report / "compress.html").exists():
+    if not (report / "compress.json").exists():
         stages.run(
             "compress_report", f"--ckpts={','.join(made)}", f"--data={demo / 'data' / 'eval'}", f"--out={report}",
             f"--num_tokens={_TOKENS.value}",

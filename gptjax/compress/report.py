@@ -70,13 +70,14 @@ def check_free(directory: epath.PathLike) -> None:
 
 
 def write(comparison: Comparison, directory: epath.PathLike) -> None:
-    """Writes `compress.html` and `compress.json`; a reader never sees half of either."""
+    """Writes `compress.html` and then `compress.json`; a reader never sees half of either."""
     check_free(directory)
     directory = epath.Path(directory)
-    write_json(directory / "compress.json", as_json(comparison))
+    directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "compress.html.partial"
     partial.write_text(render(comparison))
     partial.replace(directory / "compress.html")
+    write_json(directory / "compress.json", as_json(comparison))
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
