@@ -125,7 +125,7 @@ def test_of_a_mixture_the_mean_is_judged(tmp_path, monkeypatch):
         return family
 
     monkeypatch.setattr(hf, "write", forged)
-    with pytest.raises(RejectedError, match="bfloat16 is [1-9.]+ nats off the model"):
+    with pytest.raises(RejectedError, match="bfloat16: [1-9.]+ nats off the model"):
         exporting.export(tmp_path / "ckpt", tmp_path / "bad", format="hf", options=options)
 
 

@@ -144,17 +144,19 @@ def test_an_interrupted_export_goes_on(tmp_path, monkeypatch):
     gguf_write.write(tmp_path / "ckpt", tmp_path / "whole.gguf", quantization="q8_0")
     put, done = gguf_write._put, []
 
-    def failing(header, place, value):
+    def failing(header, place, value, **rest):
         if len(done) == 9:
             raise OSError("no space left on device")
         done.append(place)
-        put(header, place, value)
+        put(header, place, value, **rest)
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(gguf_write, "_put", failing)
         gguf_write.write(tmp_path / "ckpt", tmp_path / "part.gguf", quantization="q8_0", num_threads=1)
     again = []
-    monkeypatch.setattr(gguf_write, "_put", lambda *arguments: (again.append(arguments), put(*arguments)))
+    monkeypatch.setattr(
+        gguf_write, "_put", lambda *arguments, **rest: (again.append(arguments), put(*arguments, **rest))
+    )
     gguf_write.write(tmp_path / "ckpt", tmp_path / "part.gguf", quantization="q8_0", num_threads=1)
     assert (tmp_path / "part.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     total = len(gguf.open_source(tmp_path / "whole.gguf").tensors)
