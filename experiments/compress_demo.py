@@ -97,7 +97,10 @@ def _num_steps(demo: Path, workdir: Path) -> int:
     """As many steps of a student as take --train_minutes, by the time of the demo's own."""
 
     def of_demo() -> dict[str, Any]:
-        seconds = _STEP_COST * statistics.median(read_json(demo / "plan.json")["step_seconds"])
+        timed = read_json(demo / "plan.json").get("step_seconds")
+        if not timed:
+            raise ValueError(f"{demo}/plan.json: no time of a step; the demo was trained with --train_minutes=0")
+        seconds = _STEP_COST * statistics.median(timed)
         return {"num_steps": max(20, int(60 * _MINUTES.value / seconds))}
 
     return plan(workdir, minutes=_MINUTES.value, make_fn=of_demo)["num_steps"]

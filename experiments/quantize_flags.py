@@ -105,8 +105,7 @@ def method() -> Method:
         raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
-    given = {"scaling": scaling, "sequence": _SEQUENCE.value}
-    given["propagate"] = _PROPAGATE.value
+    given = {"scaling": scaling, "sequence": _SEQUENCE.value, "propagate": _PROPAGATE.value}
     rounding: dict[str, Any] = {"order": _ORDER.value, "scales": _SCALES.value, "damping": _DAMPING.value}
     rounding = {name: value for name, value in rounding.items() if value is not None}
     found = dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})

@@ -64,8 +64,10 @@ def ranks_of_size(cfg: ModelConfig, size: float, *, leave: str | None = None) ->
     found = {}
     for path, layout in _kernels(cfg, leave).items():
         inputs, outputs = layout.num_inputs, math.prod(layout.out_shape)
-        found[path] = max(1, min(int(size * inputs * outputs / (inputs + outputs)), low_rank.largest_rank(layout)))
-    return {path: rank for path, rank in found.items() if rank <= low_rank.largest_rank(_kernels(cfg, leave)[path])}
+        most = low_rank.largest_rank(layout)
+        if most:
+            found[path] = max(1, min(int(size * inputs * outputs / (inputs + outputs)), most))
+    return found
 
 
 def ranks_of_energy(
@@ -90,7 +92,7 @@ def ranks_of_energy(
             found.setdefault(site.path, []).extend(parts / np.maximum(parts.sum(-1, keepdims=True), 1e-30))
         return kernel
 
-    calibrate.walk(dataclasses.replace(cfg, quant=None), params, batches, look, sequence="none")
+    calibrate.walk(storage.with_float_kernels(cfg), params, batches, look, sequence="none")
     ranks = {path: int(np.searchsorted(np.cumsum(np.mean(s, axis=0)), energy)) + 1 for path, s in found.items()}
     return {path: rank for path, rank in ranks.items() if rank <= low_rank.largest_rank(kernels[path])}
 
@@ -128,7 +130,7 @@ def factorise(
         errors.setdefault(site.path, []).append(float(error.mean()))
         return _as_kernels(site.layout, kernel, factors)
 
-    plain = dataclasses.replace(cfg, quant=None)  # kernels that training rounds are floats
+    plain = storage.with_float_kernels(cfg)  # kernels that training rounds are floats
     if batches:
         done = calibrate.walk(plain, params, batches, treat, sequence=sequence, told=told)
     else:
