@@ -62,7 +62,7 @@ def make(
         run=dict(run or {}),
         tokenizer=tokenizer,
         lineage=tuple(dict(entry) for entry in lineage),
-        versions=_versions(),
+        versions=versions(),
         created=now(),
         score=None,
         checksums={},
@@ -122,7 +122,8 @@ def _indexed(values: Any) -> Any:
     return values
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that make a model what it is."""
     found = {"python": platform.python_version()}
     for package in ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
         try:

@@ -83,16 +83,16 @@ def aimed(rows_OI: Array, hessian_II: Array, drift_II: Array, *, strength: float
 
         w + strength * w D inv(H),    D = sum (x0 - x) x',    H = sum x x' (damped).
 
-    Weights that are exactly 0 stay so.
+    Weights that are exactly 0 stay so. A singular Hessian is damped as for the rounding.
 
     Source: Arai & Ichikawa 2025, arXiv:2504.09629, section 5.
     """
     hessian_II = _without_unseen(hessian_II)
-    mean = jnp.diagonal(hessian_II).mean()
-    lower = jnp.linalg.cholesky(hessian_II + max(damping, 1e-4) * mean * jnp.eye(hessian_II.shape[0]))
-    change = jax.scipy.linalg.cho_solve((lower, True), jnp.matmul(rows_OI, drift_II, precision="highest").T).T
-    moved = rows_OI + strength * change
-    return jnp.where((rows_OI == 0) | ~jnp.isfinite(moved), rows_OI, moved)
+    right, _ = _factor(hessian_II, max(damping, 1e-4))
+    missed_IO = jnp.matmul(rows_OI, drift_II, precision="highest").T
+    halfway = solve_triangular(right, missed_IO, lower=False)
+    change = solve_triangular(right, halfway, lower=False, trans="T").T
+    return jnp.where(rows_OI == 0, 0.0, rows_OI + strength * change)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "config"))
@@ -186,12 +186,18 @@ def _order(diagonal_I: Array, order: str, group_size: int | None) -> Array:
 
 
 def _inverse_factor(hessian_II: Array, damping: float) -> tuple[Array, Array]:
-    """The upper triangular U of `inv(H + damping) = U' U`, with ten times the damping until there is one."""
+    """The upper triangular U of `inv(H + damping) = U' U`, and the damping."""
+    right, damping_used = _factor(hessian_II, damping)  # H = R R', hence U = inv(R)
+    return solve_triangular(right, jnp.eye(hessian_II.shape[0]), lower=False), damping_used
+
+
+def _factor(hessian_II: Array, damping: float) -> tuple[Array, Array]:
+    """The upper triangular R of `H + damping = R R'`, with ten times the damping until there is one."""
     mean = jnp.diagonal(hessian_II).mean()
     eye = jnp.eye(hessian_II.shape[0], dtype=jnp.float32)
 
     def factor(damping: Array) -> Array:
-        # The factor of the matrix read backwards, read backwards, is upper: H = R R', hence U = inv(R).
+        # The factor of the matrix read backwards, read backwards, is upper.
         lower = jnp.linalg.cholesky((hessian_II + damping * mean * eye)[::-1, ::-1])
         return lower[::-1, ::-1]
 
@@ -204,8 +210,7 @@ def _inverse_factor(hessian_II: Array, damping: float) -> tuple[Array, Array]:
         return factor(more), more
 
     asked = jnp.asarray(damping, jnp.float32)
-    right, damping_used = jax.lax.while_loop(fails, damped, (factor(asked), asked))
-    return solve_triangular(right, eye, lower=False), damping_used
+    return jax.lax.while_loop(fails, damped, (factor(asked), asked))
 
 
 def _divisor(num_inputs: int) -> int:

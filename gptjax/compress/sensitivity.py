@@ -12,7 +12,9 @@ van der Ouderaa et al. 2023 (LLM Surgeon), arXiv:2312.17244.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from gptjax.compress import calibrate
 from gptjax.eval import perplexity
 from gptjax.nn.config import ModelConfig
 from gptjax.nn.quantized import Layout
+from gptjax.nn.taps import Weighed
 from gptjax.types import Array, Batch, Params
 
 _MAX_ROWS = 32
@@ -50,12 +53,19 @@ class Sensitivity(NamedTuple):
     fractions: dict[Key, float]
 
 
+class _Figures(NamedTuple):
+    """Of one kernel: what each output's error costs `[*experts, outputs]`, and what removing sampled weights does."""
+
+    outputs: Array
+    costs: Array
+
+
 def measure(
     cfg: ModelConfig, params: Params, batches: Sequence[Array], layouts: Mapping[str, Layout], *, fraction: float
 ) -> Sensitivity:
-    """Looks at the gradients of the first rows of text, each alone.
+    """Looks at the gradients of the first rows of text, each alone and summed up as it arises, layer by layer.
 
-    Takes the memory of two more models.
+    Of a kernel that several layers use, what it costs is the sum over its uses.
 
     Args:
       cfg: of float parameters, causal.
@@ -63,20 +73,21 @@ def measure(
       layouts: of the kernels.
       fraction: of all their weights that are to go.
     """
+    # The gradients of a layer need what it computed, which is cheaper made again than kept for all layers.
+    cfg = dataclasses.replace(cfg, remat="full")
     rows = [tokens_BT[i : i + 1] for tokens_BT in batches for i in range(len(tokens_BT))][:_MAX_ROWS]
     kernels = tuple(layouts.items())
-    total = functools.reduce(_add, (_squares(cfg, kernels, params, row) for row in rows))
+    total = functools.reduce(_add, (_of_row(cfg, kernels, params, row) for row in rows))
     outputs: dict[Key, Array] = {}
     costs: dict[Key, np.ndarray] = {}
     sizes: dict[Key, int] = {}
     for path, layer, index in _places(cfg, layouts):
-        rows_OI = layouts[path].to_rows(calibrate.at(params, path))
-        weights, squares = (rows_OI, total[path]) if index is None else (rows_OI[index], total[path][index])
-        lead = squares.ndim - 1 - len(layouts[path].out_shape)
-        outputs[path, layer] = squares.sum(-1).reshape(*squares.shape[:lead], -1)
-        chosen = np.random.default_rng(0).integers(squares.size, size=_SAMPLE)
-        costs[path, layer] = np.asarray((squares * jnp.square(weights)).reshape(-1)[chosen])
-        sizes[path, layer] = squares.size
+        found, kernel = total[path], calibrate.at(params, path)
+        if index is not None:
+            found, kernel = jax.tree.map(operator.itemgetter(index), (found, kernel))
+        outputs[path, layer] = found.outputs
+        costs[path, layer] = np.asarray(found.costs)
+        sizes[path, layer] = kernel.size
     return Sensitivity(outputs, _fractions(costs, sizes, fraction))
 
 
@@ -116,8 +127,10 @@ def _places(cfg: ModelConfig, layouts: Mapping[str, Layout]) -> list[tuple[str, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(cfg: ModelConfig, layouts: tuple[tuple[str, Layout], ...], params: Params, tokens_1T: Array) -> dict:
-    """The squared gradients of one row's loss, as rows of the kernels."""
+def _of_row(
+    cfg: ModelConfig, layouts: tuple[tuple[str, Layout], ...], params: Params, tokens_1T: Array
+) -> dict[str, _Figures]:
+    """By path, stacked as the kernels are."""
     mask_1T = jnp.ones(tokens_1T.shape).at[:, -1].set(0.0)
     batch = Batch(
         tokens=tokens_1T,
@@ -126,14 +139,36 @@ def _squares(cfg: ModelConfig, layouts: tuple[tuple[str, Layout], ...], params: 
         segment_ids=jnp.ones_like(tokens_1T),
         positions=jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None],
     )
+    stacks = {path: () if index is None else (-1,) for path, _, index in _places(cfg, dict(layouts))}
 
-    def loss(params: Params) -> Array:
-        return (perplexity.token_nll(cfg, params, batch)[0] * mask_1T).sum()
+    def none(path: str, layout: Layout) -> _Figures:
+        kernel = calibrate.at(params, path)
+        stack = kernel.shape[: len(stacks[path])]
+        one = jax.eval_shape(
+            functools.partial(_figures, layout), *[jax.ShapeDtypeStruct(kernel.shape[len(stack) :], kernel.dtype)] * 2
+        )
+        return jax.tree.map(lambda part: jnp.zeros((*stack, *part.shape), part.dtype), one)
 
-    found = jax.grad(loss)(params)
-    return {path: jnp.square(layout.to_rows(calibrate.at(found, path)).astype(jnp.float32)) for path, layout in layouts}
+    def loss(figures: dict[str, _Figures]) -> Array:
+        weighed = params
+        for path, layout in layouts:
+            leaf = Weighed(calibrate.at(params, path), figures[path], functools.partial(_figures, layout))
+            weighed = calibrate.replaced(weighed, path, leaf)
+        return (perplexity.token_nll(cfg, weighed, batch)[0] * mask_1T).sum()
+
+    return jax.grad(loss)({path: none(path, layout) for path, layout in layouts})
+
+
+def _figures(layout: Layout, kernel: Array, gradient: Array) -> _Figures:
+    """Of one layer's kernel, and its gradient of one row's loss."""
+    lead = kernel.ndim - len(layout.in_shape) - len(layout.out_shape)
+    squares = jnp.square(layout.to_rows(gradient).astype(jnp.float32))
+    outputs = squares.sum(-1).reshape(*kernel.shape[:lead], -1)
+    chosen = np.random.default_rng(0).integers(kernel.size, size=_SAMPLE)
+    rows = layout.to_rows(kernel).astype(jnp.float32)
+    return _Figures(outputs, squares.reshape(-1)[chosen] * jnp.square(rows.reshape(-1)[chosen]))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(total: dict, squares: dict) -> dict:
-    return jax.tree.map(jnp.add, total, squares)
+def _add(total: dict[str, _Figures], row: dict[str, _Figures]) -> dict[str, _Figures]:
+    return jax.tree.map(jnp.add, total, row)

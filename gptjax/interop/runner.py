@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from gptjax.checkpoint import reading
+from gptjax.checkpoint.meta import versions
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.infer import generate as generation
@@ -51,7 +51,7 @@ class GptjaxRunner:
     """Ours, from a checkpoint directory or any tree of parameters."""
 
     def __init__(self, model: ModelConfig, params: Params, tokenizer: Tokenizer | None) -> None:
-        self.name = f"gptjax {importlib.metadata.version('gptjax')}, jax {jax.__version__}"
+        self.name = f"gptjax {versions()['gptjax']}, jax {jax.__version__}"
         self.model, self.params, self.tokenizer = dropless(model), params, tokenizer
         self._decoding = for_decoding(model, params)
 

@@ -18,7 +18,7 @@ from gptjax.nn import few_bits, init, low_rank, taps
 from gptjax.nn.low_rank import Factors
 from gptjax.nn.quantized import Kernel as WholeKernel
 from gptjax.nn.quantized import Layout, QuantizedArray, RoundedKernel
-from gptjax.nn.taps import Seen, Tapped
+from gptjax.nn.taps import Seen, Tapped, Weighed
 from gptjax.types import Array
 
 _OUTPUTS = "NHF"
@@ -66,6 +66,8 @@ def grouped(x_MD: Array, kernel_EDF: AnyKernel, groups: Groups) -> Array:
 def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any], *, num_lead: int = 0) -> Any:
     """A parameter of a module: a float one as declared, or what stands in its place in few bits or two factors."""
     found = module.get_variable("params", name)
+    if isinstance(found, Weighed):
+        return taps.plain(found)
     if isinstance(found, Tapped):
         return found.replace(kernel=_joined(found.kernel, num_lead))  # type: ignore[attr-defined]
     if isinstance(found, Mapping):
@@ -74,7 +76,9 @@ def stored(module: nn.Module, name: str, init_fn: Callable[[Array], Any], *, num
 
 
 def _joined(kernel: Any, num_lead: int) -> Any:
-    return Factors(kernel["reduce"], kernel["expand"], num_lead) if isinstance(kernel, Mapping) else kernel
+    if not isinstance(kernel, Mapping):
+        return kernel
+    return Factors(taps.plain(kernel["reduce"]), taps.plain(kernel["expand"]), num_lead)
 
 
 class Kernel(nn.Module):

@@ -1,17 +1,23 @@
-"""Seeing what kernels are multiplied with, without a word of it in the modules.
+"""Seeing what kernels are multiplied with, and their gradients, without a word of it in the modules.
 
 A kernel in `Tapped` is multiplied as it is; its inputs are kept for whoever opened `collect` around the trace. They
 must not cross a loop or another transformation on their way, so a model is traced a layer at a time.
+
+A kernel in `Weighed` is one too; its gradient becomes figures where it arises, inside of the loop over layers, so the
+gradients of all layers never exist together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 
 from gptjax.kernels.grouped import Groups
 from gptjax.types import Array
@@ -72,3 +78,41 @@ def record(tapped: Tapped, seen: Seen) -> None:
     assert found is not None, f"{tapped.path}: tapped outside of `collect`"
     assert tapped.path not in found, f"{tapped.path}: multiplied twice in one layer"
     found[tapped.path] = seen
+
+
+@flax.struct.dataclass
+class Weighed:
+    """A kernel whose gradient is summed up; stands in a tree of parameters where the kernel would.
+
+    Attributes:
+      figures: of what `of` returns, zeros; differentiating with respect to these gives what it returned, and where a
+        kernel is used by several layers the sum of it.
+      of: `(kernel, its gradient) -> figures`.
+    """
+
+    kernel: Array
+    figures: Any
+    of: Callable[[Array, Array], Any] = flax.struct.field(pytree_node=False)
+
+
+def plain(leaf: Any) -> Any:
+    """What stands in a kernel's place, without `Weighed`."""
+    return _weighed(leaf.of, leaf.kernel, leaf.figures) if isinstance(leaf, Weighed) else leaf
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighed(of: Callable[[Array, Array], Any], kernel: Array, figures: Any) -> Array:
+    del of, figures
+    return kernel
+
+
+def _weighed_forward(of: Callable[[Array, Array], Any], kernel: Array, figures: Any) -> tuple[Array, Array]:
+    del of, figures
+    return kernel, kernel
+
+
+def _weighed_backward(of: Callable[[Array, Array], Any], kernel: Array, gradient: Array) -> tuple[Array, Any]:
+    return jnp.zeros_like(kernel), of(kernel, gradient)
+
+
+_weighed.defvjp(_weighed_forward, _weighed_backward)

@@ -193,3 +193,13 @@ def test_rows_aim_at_the_outputs_of_other_inputs_by_least_squares():
         got = gptq.aimed(weights, jnp.asarray(hessian), jnp.asarray(drift), strength=strength, damping=1e-4)
         wanted = np.where(np.asarray(weights) == 0, 0, weights + strength * (best - weights))
         np.testing.assert_allclose(got, wanted, atol=2e-3)
+
+
+def test_rows_aim_with_more_damping_where_a_hessian_has_no_factor():
+    hessian = np.diag(np.full(INPUTS, 1.0, np.float32))
+    hessian[0, 1] = hessian[1, 0] = 1.005  # by rounding not positive
+    drift = 0.1 * np.eye(INPUTS, dtype=np.float32)
+    weights = problem(9)[0]
+    got = gptq.aimed(weights, jnp.asarray(hessian), jnp.asarray(drift), strength=1.0, damping=1e-4)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[:, 2:], 1.1 * np.asarray(weights)[:, 2:], rtol=0.02)

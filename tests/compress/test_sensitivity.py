@@ -1,5 +1,7 @@
 """What an output's error costs, and how many weights each kernel spares, against the loss itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +86,17 @@ def test_it_loses_as_many_weights_as_asked_for_and_keeps_those_that_matter():
     assert 0.49 < np.sum(sizes * [row.zeros for row in rows]) / sizes.sum() <= 0.5
     up = np.asarray(done["group_0"]["block_0"]["mlp"]["up"]["kernel"])
     assert np.mean(up[:, :, :16] == 0) > 0.9 > 0.5 > np.mean(up[:, :, 16:] == 0)
+
+
+def test_gradients_of_all_layers_never_exist_together():
+    def taken(num_layers):
+        cfg = zoo.build("dense", num_layers=num_layers, d_ff=2048)
+        params, row = random_params(cfg), batches(cfg)[0][:1]
+        layouts = tuple(prune.pruned_layouts(cfg).items())
+        cfg = dataclasses.replace(cfg, remat="full")
+        memory = sensitivity._of_row.lower(cfg, layouts, params, row).compile().memory_analysis()
+        return memory.temp_size_in_bytes, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    # Up to 16 layers are unrolled on CPU, which undoes rematerialisation.
+    (temporary, size), (deeper_temporary, deeper_size) = taken(20), taken(40)
+    assert deeper_temporary - temporary < 0.05 * (deeper_size - size)
