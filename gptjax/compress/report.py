@@ -70,13 +70,15 @@ def check_free(directory: epath.PathLike) -> None:
 
 
 def write(comparison: Comparison, directory: epath.PathLike) -> None:
-    """Writes `compress.html` and then `compress.json`; a reader never sees half of either."""
+    """Writes `compress.html`, its first picture as `compress.svg`, then `compress.json`; nobody sees half of any."""
     check_free(directory)
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / "compress.html.partial"
-    partial.write_text(render(comparison))
-    partial.replace(directory / "compress.html")
+    picture = charts.standalone(_by_size(comparison.variants), style=_STYLE)
+    for name, text in (("compress.html", render(comparison)), ("compress.svg", picture)):
+        partial = directory / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(directory / name)
     write_json(directory / "compress.json", as_json(comparison))
 
 
@@ -106,13 +108,13 @@ def render(comparison: Comparison) -> str:
         ("Size and speed", "measured here, in turn; a token a pass for one reader", _table(cost)),
         (
             "Quality and size",
-            "perplexity by megabytes on disk; lower and further left is better, the line is the best of both",
-            _scatter(variants, lambda variant: variant.disk_bytes / 1e6),
+            "lower and further left is better, the line is the best of both",
+            _by_size(variants),
         ),
         (
             "Quality and speed",
-            "perplexity by milliseconds a token, one reader",
-            _scatter(variants, lambda variant: 1e3 / variant.speed.decode),
+            "one reader",
+            _scatter(variants, "milliseconds a token", lambda variant: 1e3 / variant.speed.decode),
         ),
         (
             "Multiple choice",
@@ -195,14 +197,20 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _scatter(variants: Sequence[Variant], x: Callable[[Variant], float]) -> str:
+def _by_size(variants: Sequence[Variant]) -> str:
+    return _scatter(variants, "megabytes on disk", lambda variant: variant.disk_bytes / 1e6)
+
+
+def _scatter(variants: Sequence[Variant], name: str, x: Callable[[Variant], float]) -> str:
     dots = [
         charts.Dot(
             name=variant.name, x=x(variant), y=variant.quality.perplexity, style="second" if i == 0 else "accent"
         )
         for i, variant in enumerate(variants)
     ]
-    return charts.scatter_chart(dots, format_y=lambda value: f"{value:,.3g}", log_y=True)
+    return charts.scatter_chart(
+        dots, caption=f"perplexity by {name}", format_y=lambda value: f"{value:,.3g}", log_y=True
+    )
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 640.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 18.0, 30.0
 _MAX_POINTS = 320
 _HOVER_COLUMNS = 80
-_LABEL_HEIGHT, _CHARACTER_WIDTH, _LABEL_CHARACTERS = 13.0, 6.2, 36
+_LABEL_HEIGHT, _CHARACTER_WIDTH, _LABEL_CHARACTERS = 13.0, 7.0, 36
 
 Points = Sequence[tuple[float, float]]
 
@@ -73,10 +73,13 @@ class Dot:
     style: str
 
 
-def scatter_chart(dots: Sequence[Dot], *, format_y: Callable[[float], str], log_y: bool = False) -> str:
+def scatter_chart(dots: Sequence[Dot], *, caption: str, format_y: Callable[[float], str], log_y: bool = False) -> str:
     """Labelled points, with a line through those that no other is below and to the left of (the Pareto front).
 
     Values that are not finite (or, on a log axis, not positive) are left out.
+
+    Args:
+      caption: what is drawn by what.
     """
     dots = [dot for dot in dots if math.isfinite(dot.x + dot.y) and (dot.y > 0 or not log_y)]
     if not dots:
@@ -87,6 +90,7 @@ def scatter_chart(dots: Sequence[Dot], *, format_y: Callable[[float], str], log_
         for i, (x, y) in enumerate(pareto_front([(dot.x, dot.y) for dot in dots]))
     )
     parts = [axes.grid(format_y, "{:,.4g}".format), f'<path class="line faint" d="{path}"/>']
+    parts.append(_text("tick", _LEFT, _TOP - 4, html.escape(caption), anchor="start"))
     at = [(axes.x(dot.x), axes.y(dot.y)) for dot in dots]
     for dot, point, name, box in zip(dots, at, *_labels(dots, at), strict=True):
         side = "start" if box.left > point[0] else "end"
@@ -99,6 +103,15 @@ def scatter_chart(dots: Sequence[Dot], *, format_y: Callable[[float], str], log_
         parts.append(_text("dot-name", x, y, html.escape(name), anchor=side))
     label = html.escape(", ".join(f"{dot.name} {format_y(dot.y)}" for dot in dots))
     return f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def standalone(svg: str, *, style: str) -> str:
+    """A chart as a file of its own, on a ground of its own; `style` has what the classes look like."""
+    head, _, rest = svg.partition(">")
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    own = "svg { margin: 0; font-family: system-ui, sans-serif; }"
+    ground = '<rect width="100%" height="100%" rx="8" style="fill: var(--card)"/>'
+    return f"{head}><style>{html.escape(style, quote=False)}{own}</style>{ground}{rest}\n"
 
 
 class _Box(NamedTuple):
