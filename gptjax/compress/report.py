@@ -209,7 +209,10 @@ def _scatter(variants: Sequence[Variant], name: str, x: Callable[[Variant], floa
         for i, variant in enumerate(variants)
     ]
     return charts.scatter_chart(
-        dots, caption=f"perplexity by {name}", format_y=lambda value: f"{value:,.3g}", log_y=True
+        dots,
+        caption=f"perplexity by {name}",
+        format_y=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
+        log_y=True,
     )
 
 

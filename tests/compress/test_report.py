@@ -139,7 +139,7 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
     assert "a &lt;b&gt; in" in page and "<b>" not in page and page.count("<circle") == 4 and "Not measured" in page
     assert f"{small['quality']['perplexity']:,.2f}" in page
     picture = ElementTree.parse(tmp_path / "out" / "compress.svg").getroot()
-    assert "a name that is longer than" in "".join(picture.itertext()) and len(list(picture.iter("{*}circle"))) == 2
+    assert "a name that is longer than" in "".join(picture.itertext()) and len(picture.findall("{*}circle")) == 2
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "has a report already, which is not overwritten" in again.stderr
 
