@@ -37,6 +37,7 @@ def main() -> None:
     demo, workdir = Path(_DEMO.value), Path(_WORKDIR.value)
     if not (demo / "summary.json").exists():
         raise ValueError(f"{demo}: no finished demo there; run `make demo` first, or name another by --demo")
+    num_steps = _num_steps(demo, workdir)
     stages = Stages(workdir)
     model = read_json(demo / "config.json")["model"]
     read = [f"--calibration={demo / 'data' / 'train'}", "--calibration_rows=32"]
@@ -59,7 +60,7 @@ def main() -> None:
     layers = model["num_layers"] // 2
     make("prune", "cut", "--width=0.5", f"--depth={layers}", *read)
     make("share", "shared", "--pattern=adjacent", f"--unique={layers}")
-    made += _train(demo, workdir, model, stages)
+    made += _train(demo, workdir, model, stages, num_steps=num_steps)
     report = workdir / "report"
     if not (report / "compress.json").exists():
         stages.run(
@@ -69,9 +70,8 @@ def main() -> None:
     print(f"\n{report / 'compress.html'}, {stages.total()['wall_seconds'] / 60:.1f} minutes in all")
 
 
-def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages) -> list[str]:
+def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, num_steps: int) -> list[str]:
     """Students on the same tokens: what was cut or shares weights, taught by the original; half of it, alone."""
-    num_steps = _num_steps(demo, workdir)
     config = [f"--config={_CONFIG.value}:{demo / 'data'}"]
     config += [f"--config.train.{key}={num_steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
     half = [f"--config.model.num_layers={model['num_layers'] // 2}", f"--config.model.d_ff={model['d_ff'] // 2}"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 MADE = {
     "int8", "int4_rtn", "int4_awq", "int4_gptq", "half_magnitude", "half_wanda", "half_sparsegpt", "2of4_magnitude",
@@ -46,3 +48,29 @@ def test_every_way_is_on_the_page_and_nothing_is_made_twice(tmp_path):
 
     again = run("compress_demo", *flags)
     assert "experiments.quantize" not in again and "experiments.prune" not in again and "compress.html" in again
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no finished demo there; run `make demo` first, or name another by --demo"),
+        (
+            {"summary": {}, "plan": {"step_seconds": []}},
+            "no time of a step; the demo was trained with --train_minutes=0",
+        ),
+    ],
+)
+def test_a_demo_that_says_too_little_is_told_before_anything_is_made(tmp_path, files, message):
+    (tmp_path / "demo").mkdir()
+    for name, values in files.items():
+        (tmp_path / "demo" / f"{name}.json").write_text(json.dumps(values))
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.compress_demo",
+        f"--demo={tmp_path}/demo",
+        f"--workdir={tmp_path}/small",
+    ]
+    result = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=False)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("small/*_*"))
