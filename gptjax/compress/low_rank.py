@@ -58,7 +58,7 @@ def ranks_of_size(cfg: ModelConfig, size: float, *, leave: str | None = None) ->
     Raises:
       ValueError: for a size that is not between 0 and 1.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="factorise")
     if not 0.0 < size < 1.0:
         raise ValueError(f"rank={size:g}: expected above 0 and below 1, the part of a kernel's parameters that stays")
     found = {}
@@ -80,7 +80,7 @@ def ranks_of_energy(
     Raises:
       ValueError: for a part that is not between 0 and 1.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="factorise")
     if not 0.0 < energy < 1.0:
         raise ValueError(f"energy={energy:g}: expected above 0 and below 1, the part of the outputs' square that stays")
     kernels, found = _kernels(cfg, leave), dict[str, list[np.ndarray]]()
@@ -115,7 +115,7 @@ def factorise(
     Raises:
       ValueError: for a model in few bits or in factors already, a rank that does not fit, or no rank at all.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="factorise")
     if not ranks:
         raise ValueError("no kernel is left whose factors would be smaller than the kernel")
     layouts, errors = transformer.layouts(cfg), dict[str, list[float]]()
@@ -153,16 +153,6 @@ def rules(ranks: Mapping[str, int], *, can: Mapping[str, Layout]) -> tuple[RankR
             own = {f"/{name}": next(iter(own.values()))}
         found += [RankRule(pattern=f"{re.escape(path)}$", rank=rank) for path, rank in own.items() if rank is not None]
     return tuple(found)
-
-
-def check(cfg: ModelConfig) -> None:
-    """Raises:
-    ValueError: for a model whose kernels are not single arrays of floats.
-    """
-    if cfg.has_stored_kernels:
-        raise ValueError("the model's kernels are in few bits already: factorise first, then quantise the factors")
-    if cfg.low_rank:
-        raise ValueError("the model's kernels are in two factors already; start from the one that they were made from")
 
 
 def _kernels(cfg: ModelConfig, leave: str | None) -> dict[str, Layout]:

@@ -58,7 +58,7 @@ def layers(
     Raises:
       ValueError: for a pattern that does not come out even, layers of unequal shapes, a model in few bits or factors.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="share in")
     if init not in get_args(Init):
         raise ValueError(f"init={init!r}: expected one of {', '.join(get_args(Init))}")
     if init == "influential" and not batches:
@@ -98,7 +98,7 @@ def keys_and_values(
     Raises:
       ValueError: where layers in a row are not alike, or their number is not a multiple.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="share in")
     if every < 2:
         raise ValueError(f"kv_every={every}: expected at least 2, the layers that use one's keys and values")
     out = {name: leaf for name, leaf in params.items() if not name.startswith("group_")}
@@ -128,7 +128,7 @@ def embeddings(cfg: ModelConfig, params: Params, keep: Kept) -> Shared:
     Raises:
       ValueError: if they are tied already.
     """
-    check(cfg)
+    storage.check_whole_floats(cfg, wanted="share in")
     if cfg.tie_embeddings:
         raise ValueError(f"tie={keep}: the model has one table for both ends already; leave it out")
     table_VD, head_VD = params["embed"]["tokens"], params["head"]["kernel"].T
@@ -147,16 +147,6 @@ def embeddings(cfg: ModelConfig, params: Params, keep: Kept) -> Shared:
     made = {**rest, "embed": {**params["embed"], "tokens": tied}, "final_norm": norm}
     line = Line("embed/tokens and head/kernel", f"one table, {keep}", table_VD.size + head_VD.size, table_VD.size)
     return Shared(dataclasses.replace(cfg, tie_embeddings=True), made, (line,))
-
-
-def check(cfg: ModelConfig) -> None:
-    """Raises:
-    ValueError: for a model whose kernels are not single arrays of floats.
-    """
-    if cfg.has_stored_kernels:
-        raise ValueError("the model's kernels are in few bits already: share in the model that they were made from")
-    if cfg.low_rank:
-        raise ValueError("the model's kernels are in two factors already: share in the model that they were made from")
 
 
 def _mean(members: Sequence[Params]) -> Params:

@@ -168,10 +168,8 @@ def check(cfg: ModelConfig, cut: Mapping[str, float]) -> None:
     """Raises:
     ValueError: if parts of the model cannot be left out so; `cut` is by the names of `METHODS`.
     """
-    if cut and cfg.has_stored_kernels:
-        raise ValueError("the model's kernels are in few bits already: cut the model that they were made from")
-    if cut and cfg.low_rank:
-        raise ValueError("the model's kernels are in two factors already: cut the model that they were made from")
+    if cut:
+        storage.check_whole_floats(cfg, wanted="cut")
     if cut.keys() & {"depth", "heads"} and any(map(uses_others_kv, cfg.blocks)):
         raise ValueError(
             f"{', '.join(sorted(cut.keys() & {'depth', 'heads'}))}: layers use the keys and values of others, which "

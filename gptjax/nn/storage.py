@@ -37,6 +37,15 @@ def with_float_kernels(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, quant=kept)
 
 
+def check_whole_floats(cfg: ModelConfig, *, wanted: str) -> None:
+    """Raises:
+    ValueError: for a model whose kernels are not single arrays of floats; `wanted` is what to do to one that has them.
+    """
+    found = "in few bits" if cfg.has_stored_kernels else "in two factors" if cfg.low_rank else None
+    if found is not None:
+        raise ValueError(f"the model's kernels are {found} already: {wanted} the model that they were made from")
+
+
 def check(quant: QuantConfig, layouts: Layouts) -> None:
     """Whether every rule is of some kernel, and these can have its format.
 

@@ -172,7 +172,7 @@ def test_what_is_factored_or_in_few_bits_is_refused():
     with pytest.raises(ValueError, match="in two factors already"):
         low_rank.factorise(*thin[:2], [], ranks)
     quant = quant_spec.rules(WeightFormat(dtype="int8"))
-    with pytest.raises(ValueError, match="in few bits already: factorise first"):
+    with pytest.raises(ValueError, match="in few bits already: factorise the model"):
         low_rank.ranks_of_size(dataclasses.replace(cfg, quant=quant), 0.5)
     with pytest.raises(ValueError, match="rank=16 of a kernel of 16 inputs"):
         low_rank.factorise(cfg, params, [], {"group_0/block_0/mlp/up/kernel": 16})
