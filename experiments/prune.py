@@ -11,6 +11,7 @@ appears whole or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import time
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def main() -> None:
 
     destination = pathlib.Path(_DST.value).expanduser().absolute()
     saving.check_free(destination)
-    cut, sparsity = prune_flags.cut(), prune_flags.sparsity()
+    cut, sparsity, config = prune_flags.cut(), prune_flags.sparsity(), prune_flags.config()
     if not cut and sparsity is None:
         raise ValueError("nothing to do: give --sparsity, or one of --width, --heads, --depth and --experts")
     looks = bool(cut) or prune_flags.method() != "magnitude"
@@ -52,8 +53,9 @@ def main() -> None:
     done: list[str] = []
     for name, size in cut.items():
         logging.info("%s", name)
-        cfg, params = structured.METHODS[name](cfg, params, batches, size)
-        done.append(f"{name}={size:g}")
+        way = prune_flags.way(name)
+        cfg, params = way(cfg, params, batches, size)
+        done.append(f"{way.__name__}={size:g}")
     if sparsity is not None:
         cfg, params = prune.prune(
             cfg,
@@ -61,10 +63,12 @@ def main() -> None:
             batches,
             method=method,
             sparsity=sparsity,
+            config=config,
             told=lambda layer: _tell(layer, cfg.num_layers, began),
         )
         done.append(f"{method}, sparsity={sparsity}")
-    entry = {"stage": "prune", "done": done, "calibration": facts, "source": source}
+    how = None if config is None else dataclasses.asdict(config)
+    entry = {"stage": "prune", "done": done, "config": how, "calibration": facts, "source": source}
     saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(params, before=model.params, destination=destination, seconds=time.perf_counter() - began)
 

@@ -3,7 +3,7 @@
 width     hidden units of feed-forward layers, of experts too
 heads     attention heads, in groups that share a key/value head
 depth     layers
-experts   of mixtures
+experts   of mixtures, dropped or merged
 
 Each takes `(cfg, params, batches, size)` and gives `(cfg, params)`. A hidden unit or group of heads is worth what it
 adds to the layer's output, `tr(W_g H_gg W_g')` with `H = sum x x'` of the output projection's inputs and `W_g` its
@@ -14,8 +14,7 @@ weights for them. What stays of that projection is then fitted to the whole's ou
 (S stays, R goes), a layer at a time, so that later layers see the errors of earlier ones.
 
 Sources: width and heads by activations, Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2; depth, Men et
-al. 2024 (ShortGPT), arXiv:2403.03853; experts, the saliency of Lasby et al. 2025 (REAP), arXiv:2510.13999, summed over
-tokens instead of averaged: an expert that is seldom asked does little.
+al. 2024 (ShortGPT), arXiv:2403.03853; experts, see `mixtures`.
 """
 
 from __future__ import annotations
@@ -28,14 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.compress import calibrate
+from gptjax.compress import calibrate, mixtures
 from gptjax.compress.calibrate import Inputs, Site
-from gptjax.nn import storage, taps, transformer
-from gptjax.nn.block import Block, Stream
+from gptjax.nn import storage, transformer
 from gptjax.nn.config import AttentionConfig, BlockConfig, LayerGroup, ModelConfig, MoEConfig, uses_others_kv
-from gptjax.nn.mlp import activate
-from gptjax.nn.moe import route
-from gptjax.parallel import rules
 from gptjax.types import Array, Params
 
 DAMPING = 0.01
@@ -63,7 +58,7 @@ def width(cfg: ModelConfig, params: Params, batches: Sequence[Array], size: floa
             ("gate/bias", -1),
             ("down/kernel", -2),
         ):
-            fitted = _cut(fitted, stem + name, index, dim)
+            fitted = mixtures.cut(fitted, stem + name, index, dim)
     return changed(cfg, {"width": size}), fitted
 
 
@@ -74,7 +69,7 @@ def heads(cfg: ModelConfig, params: Params, batches: Sequence[Array], size: floa
       ValueError: for more heads than there are, or a number that is no whole number of groups.
     """
     check(cfg, {"heads": size})
-    blocks = _blocks_by_path(cfg)
+    blocks = mixtures.blocks(cfg)
 
     def per_group(path: str) -> int:
         attention = blocks[path.partition("/attention/")[0]].attention
@@ -91,8 +86,10 @@ def heads(cfg: ModelConfig, params: Params, batches: Sequence[Array], size: floa
         own = (groups[..., None] * num + np.arange(num)).reshape(*groups.shape[:-1], -1)
         for name in ("query", "query_up", "key_up", "value_up", "key", "value"):
             index = groups if name in ("key", "value") else own
-            fitted = _cut(_cut(fitted, f"{stem}{name}/kernel", index, -2), f"{stem}{name}/bias", index, -2)
-        fitted = _cut(_cut(fitted, f"{stem}out/kernel", own, -3), f"{stem}sinks", own, -1)
+            fitted = mixtures.cut(
+                mixtures.cut(fitted, f"{stem}{name}/kernel", index, -2), f"{stem}{name}/bias", index, -2
+            )
+        fitted = mixtures.cut(mixtures.cut(fitted, f"{stem}out/kernel", own, -3), f"{stem}sinks", own, -1)
     return changed(cfg, {"heads": size}), fitted
 
 
@@ -135,32 +132,30 @@ def block_influence(cfg: ModelConfig, params: Params, batches: Sequence[Array]) 
 
 
 def experts(cfg: ModelConfig, params: Params, batches: Sequence[Array], size: float) -> tuple[ModelConfig, Params]:
-    """Keeps the `size` experts of each mixture whose outputs, as the router weighs them, are longest over all tokens.
-
-    Where experts are in groups each group keeps as many.
+    """Keeps the `size` experts of each mixture that `mixtures.dropped` says.
 
     Raises:
       ValueError: without mixtures, or for a number that they cannot have.
     """
     check(cfg, {"experts": size})
-    out = params
-    for path, score in expert_scores(cfg, params, batches).items():
-        moe = _blocks_by_path(cfg)[path].mlp
-        assert isinstance(moe, MoEConfig), "scores are of mixtures"
-        grouped = score.reshape(*score.shape[:-1], moe.num_groups, -1)
-        best = np.argsort(-grouped, axis=-1, kind="stable")[..., : int(size) // moe.num_groups]
-        index = np.sort(best + np.arange(moe.num_groups)[:, None] * grouped.shape[-1], axis=-1)
-        index = index.reshape(*score.shape[:-1], -1)
-        for name in ("gate", "up", "down"):
-            out = _cut(out, f"{path}/moe/experts_{name}/kernel", index, -3)
-            out = _cut(out, f"{path}/moe/experts_{name}/bias", index, -2)
-        for name in ("router/kernel", "router/bias", "balance_bias"):
-            out = _cut(out, f"{path}/moe/{name}", index, -1)
-    return changed(cfg, {"experts": size}), out
+    return changed(cfg, {"experts": size}), mixtures.dropped(cfg, params, batches, int(size))
 
 
-METHODS: Mapping[str, Callable[..., tuple[ModelConfig, Params]]] = {
-    "depth": depth, "experts": experts, "heads": heads, "width": width,
+def merged_experts(
+    cfg: ModelConfig, params: Params, batches: Sequence[Array], size: float
+) -> tuple[ModelConfig, Params]:
+    """Keeps the same experts as `experts`, the others merged into them by `mixtures.merged`.
+
+    Raises:
+      ValueError: without mixtures, or for a number that they cannot have.
+    """
+    check(cfg, {"experts": size})
+    return changed(cfg, {"experts": size}), mixtures.merged(cfg, params, batches, int(size))
+
+
+Cut = Callable[[ModelConfig, Params, Sequence[Array], float], tuple[ModelConfig, Params]]
+METHODS: Mapping[str, Cut] = {
+    "depth": depth, "experts": experts, "heads": heads, "merged_experts": merged_experts, "width": width,
 }  # fmt: skip
 
 
@@ -217,70 +212,6 @@ def changed(cfg: ModelConfig, cut: Mapping[str, float]) -> ModelConfig:
     return dataclasses.replace(cfg, groups=groups)
 
 
-def expert_scores(cfg: ModelConfig, params: Params, batches: Sequence[Array]) -> dict[str, np.ndarray]:
-    """By block, `sum_t weight_te |expert_e(x_t)|` of each expert: `[E]`, behind the layers where those are stacked."""
-    states = [Stream(_embedded(cfg, params, tokens)) for tokens in batches]
-    paths = [
-        f"group_{i}/block_{j}"
-        for i, g in enumerate(cfg.groups)
-        for _ in range(g.repeats)
-        for j in range(len(g.pattern))
-    ]
-    found: dict[str, list[np.ndarray]] = {}
-    for path, (block, weights) in zip(paths, transformer.layers(cfg, params), strict=True):
-        done = [_scored_layer(cfg, block, weights, x) for x in states]
-        states = [x for x, _ in done]
-        if isinstance(block.mlp, MoEConfig):
-            found.setdefault(path, []).append(np.sum([np.asarray(score) for _, score in done], axis=0))
-    shared = {f"group_{i}" for i, group in enumerate(cfg.groups) if group.shared}
-    return {
-        path: np.sum(scores, axis=0) if path.partition("/")[0] in shared else np.stack(scores)
-        for path, scores in found.items()
-    }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embedded(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    return transformer.Embedding(cfg).apply({"params": params["embed"]}, tokens_BT, positions_BT)  # type: ignore[return-value]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _scored_layer(cfg: ModelConfig, block: BlockConfig, weights: Params, stream: Stream) -> tuple[Stream, Array]:
-    x_BTD = stream.x_BTD
-    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
-    moe, seen = block.mlp, weights
-    if isinstance(moe, MoEConfig):  # what the router sees is what the experts see
-        router = weights["moe"]["router"]
-        tapped = {**router, "kernel": taps.Tapped(router["kernel"], "router")}
-        seen = {**weights, "moe": {**weights["moe"], "router": tapped}}
-    with rules.unsplit(), taps.collect() as found:
-        ctx = transformer.context(cfg, positions_BT, None)
-        after, _, _ = Block(block, out_scale=1.0).apply({"params": seen}, stream, ctx, None)  # type: ignore[misc]
-    if not isinstance(moe, MoEConfig):
-        return after, jnp.zeros(())
-    return after, _routed_lengths(moe, weights["moe"], found["router"].rows_MI)
-
-
-def _routed_lengths(moe: MoEConfig, weights: Params, x_MD: Array) -> Array:
-    logits_ME = x_MD @ weights["router"]["kernel"].astype(jnp.float32) + weights["router"].get("bias", 0.0)
-    index, weight, _ = route(moe, logits_ME[None], weights.get("balance_bias"))
-    rows = jnp.arange(x_MD.shape[0])[:, None]
-    weight_ME = jnp.zeros(logits_ME.shape).at[rows, index[0]].add(weight[0])
-
-    def length_M(one: Params) -> Array:
-        def product(name: str, x: Array) -> Array:
-            return x @ one[name]["kernel"].astype(x.dtype) + one[name].get("bias", 0.0)
-
-        gate = product("experts_gate", x_MD) if "experts_gate" in one else None
-        return jnp.linalg.norm(
-            product("experts_down", activate(moe.activation, product("experts_up", x_MD), gate)), axis=-1
-        )
-
-    stacked = {name: leaf for name, leaf in weights.items() if name.startswith("experts_")}
-    return (weight_ME.T * jax.lax.map(length_M, stacked)).sum(-1)
-
-
 def _fit(
     cfg: ModelConfig,
     params: Params,
@@ -326,23 +257,6 @@ def _fit_rows(rows: Array, hessian: Array, unit: int, num_kept: int) -> tuple[Ar
     damped = kept + DAMPING * jnp.mean(jnp.diagonal(kept)) * jnp.eye(len(inputs))
     change = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), (gone @ hessian[:, inputs]).T).T
     return jnp.zeros_like(rows).at[:, inputs].set(rows[:, inputs] + change.astype(rows.dtype)), stay
-
-
-def _cut(tree: Params, path: str, index: np.ndarray, dim: int) -> Params:
-    """The tree with only `index` `[*lead, kept]` of a dimension of the parameter at `path`, if it has it."""
-    name, _, rest = path.partition("/")
-    if name not in tree:
-        return tree
-    if rest:
-        return {**tree, name: _cut(tree[name], rest, index, dim)}
-    leaf = tree[name]
-    shape = [1] * leaf.ndim
-    shape[: index.ndim - 1], shape[dim] = index.shape[:-1], index.shape[-1]
-    return {**tree, name: jnp.take_along_axis(leaf, index.reshape(shape), axis=dim)}
-
-
-def _blocks_by_path(cfg: ModelConfig) -> dict[str, BlockConfig]:
-    return {f"group_{i}/block_{j}": b for i, group in enumerate(cfg.groups) for j, b in enumerate(group.pattern)}
 
 
 def _kept_width(units: int, part: float) -> int:

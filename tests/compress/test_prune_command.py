@@ -66,6 +66,10 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
         (["--heads=1", "--calibration=x"], "heads=1: 4 heads are in groups of 2"),
         (["--sparsity=0.5"], "--method=sparsegpt looks at text: give --calibration"),
         (["--sparsity=0.5", "--method=magnitude", "--calibration=x"], "looks at no text; leave out --calibration"),
+        (["--sparsity=0.5", "--method=wanda", "--aim=0"], "--aim has no effect: --method=wanda does not read it"),
+        (["--width=0.5", "--costs=loss"], "--costs has no effect: there is no --sparsity"),
+        (["--sparsity=0.5", "--aim=2", "--calibration=x"], "aim=2: expected 0"),
+        (["--width=0.5", "--surplus_experts=merged"], "no effect without --experts; leave it out"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_work(source, tmp_path, flags, message):

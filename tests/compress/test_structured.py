@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.compress import structured
+from gptjax.compress import mixtures, structured
 from gptjax.nn import transformer
 from gptjax.nn.config import LayerGroup
 from tests.nn import zoo
@@ -128,15 +128,52 @@ def test_each_group_of_experts_keeps_as_many():
     assert np.isfinite(hidden(small_cfg, small, batches(cfg)[0])).all()
 
 
+def test_an_expert_merged_into_its_copy_changes_nothing_though_its_units_are_in_another_order():
+    cfg = zoo.build("moe", num_layers=1, first_k_dense=0)
+    params = random_params(cfg)
+    moe = params["group_0"]["block_0"]["moe"]
+    order = np.random.default_rng(1).permutation(16)
+    for name, dim in (("gate", -1), ("up", -1), ("down", -2)):
+        kernel = moe[f"experts_{name}"]["kernel"]
+        kernel[0, 3] = np.take(kernel[0, 0], order, axis=dim)
+    moe["experts_down"]["kernel"][0, 1:3] *= 9.0
+    moe["router"]["kernel"][0, :, 3] = 0.9 * moe["router"]["kernel"][0, :, 0]
+    small_cfg, small = structured.merged_experts(cfg, params, batches(cfg), 3)
+    has_its_shapes(small_cfg, small)
+    _, dropped = structured.experts(cfg, params, batches(cfg), 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), small, dropped)
+
+
+def test_what_is_merged_is_the_mean_by_worth_into_the_nearest_of_the_group():
+    cfg = zoo.build("moe_grouped", num_layers=1)
+    params = random_params(cfg)
+    for name in ("gate", "up", "down"):  # units that differ so much that none changes places
+        kernel = params["group_0"]["block_0"]["moe"][f"experts_{name}"]["kernel"]
+        kernel *= np.arange(1, 9)[:, None] ** 2 if name == "down" else np.arange(1, 9) ** 2
+        kernel[:] = np.abs(kernel)
+    worth = mixtures.scores(cfg, params, batches(cfg))["group_0/block_0"][0]
+    small_cfg, small = structured.merged_experts(cfg, params, batches(cfg), 4)
+    has_its_shapes(small_cfg, small)
+    down = np.asarray(params["group_0"]["block_0"]["moe"]["experts_down"]["kernel"])[0]
+    bias = np.asarray(params["group_0"]["block_0"]["moe"]["experts_down"]["bias"])[0]
+    got = small["group_0"]["block_0"]["moe"]["experts_down"]
+    for group in range(4):
+        part = np.maximum(worth, 1e-6 * worth.max())[2 * group : 2 * group + 2]  # some no token asked
+        wanted = np.average(bias[2 * group : 2 * group + 2], axis=0, weights=part)
+        np.testing.assert_allclose(got["bias"][0, group], wanted, rtol=1e-4, atol=1e-6)
+        wanted = np.average(down[2 * group : 2 * group + 2], axis=0, weights=part)
+        np.testing.assert_allclose(got["kernel"][0, group], wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_experts_are_worth_their_routed_length():
     cfg = zoo.build("moe", num_layers=1, first_k_dense=0)
     params, (tokens, *_) = random_params(cfg), batches(cfg, num=1)
-    found = structured.expert_scores(cfg, params, [tokens])["group_0/block_0"][0]
+    found = mixtures.scores(cfg, params, [tokens])["group_0/block_0"][0]
     weights = jax.tree.map(lambda leaf: leaf[0], params["group_0"]["block_0"])
     louder = jax.tree.map(jnp.asarray, params)
     kernel = louder["group_0"]["block_0"]["moe"]["experts_down"]["kernel"]
     louder["group_0"]["block_0"]["moe"]["experts_down"]["kernel"] = kernel.at[0, 2].multiply(3.0)
-    again = structured.expert_scores(cfg, louder, [tokens])["group_0/block_0"][0]
+    again = mixtures.scores(cfg, louder, [tokens])["group_0/block_0"][0]
     assert again[2] == pytest.approx(3 * found[2], rel=1e-4) and again[1] == pytest.approx(found[1], rel=1e-4)
     assert weights["moe"]["router"]["kernel"].shape == (16, 4) and np.all(found >= 0)
 
