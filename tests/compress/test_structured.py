@@ -33,7 +33,7 @@ def has_its_shapes(cfg, params):
 def switched_off(monkeypatch, method, cfg, params, size):
     """What `method` gives when it cuts nothing away, only zeroes and fits."""
     with monkeypatch.context() as patch:
-        patch.setattr(structured, "_cut", lambda tree, *_: tree)
+        patch.setattr(mixtures, "cut", lambda tree, *_: tree)
         return method(cfg, params, batches(cfg), size)[1]
 
 
