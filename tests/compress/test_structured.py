@@ -149,7 +149,7 @@ def test_what_is_merged_is_the_mean_by_worth_into_the_nearest_of_the_group():
     params = random_params(cfg)
     for name in ("gate", "up", "down"):  # units that differ so much that none changes places
         kernel = params["group_0"]["block_0"]["moe"][f"experts_{name}"]["kernel"]
-        kernel *= np.arange(1, 9)[:, None] ** 2 if name == "down" else np.arange(1, 9) ** 2
+        kernel *= 4.0 ** (np.arange(8)[:, None] if name == "down" else np.arange(8))
         kernel[:] = np.abs(kernel)
     worth = mixtures.scores(cfg, params, batches(cfg))["group_0/block_0"][0]
     small_cfg, small = structured.merged_experts(cfg, params, batches(cfg), 4)
@@ -162,7 +162,7 @@ def test_what_is_merged_is_the_mean_by_worth_into_the_nearest_of_the_group():
         wanted = np.average(bias[2 * group : 2 * group + 2], axis=0, weights=part)
         np.testing.assert_allclose(got["bias"][0, group], wanted, rtol=1e-4, atol=1e-6)
         wanted = np.average(down[2 * group : 2 * group + 2], axis=0, weights=part)
-        np.testing.assert_allclose(got["kernel"][0, group], wanted, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(got["kernel"][0, group], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_experts_are_worth_their_routed_length():
