@@ -18,6 +18,7 @@ CORE = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pyarrow>=18",
+    "scipy>=1.13",
     "sentencepiece>=0.2.1",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
