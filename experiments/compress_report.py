@@ -28,7 +28,9 @@ _NAMES = flags.DEFINE_list("names", None, "What they are called; the names of th
 _DATA = flags.DEFINE_string("data", None, "Held-out token store, text file, or source of prepare_data.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the page and its figures; without a report yet.", required=True)
 _TOKENS = flags.DEFINE_integer("num_tokens", 65_536, "Of the text, at most.", lower_bound=512)
-_SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens of a row; the model's context, at most 512, unless told.")
+_SEQ_LEN = flags.DEFINE_integer(
+    "seq_len", None, "Tokens of a row; the model's context, at most 512, unless told.", lower_bound=2
+)
 _TASKS = flags.DEFINE_list("tasks", [], "Files of multiple-choice questions: ARC, COPA, PIQA, HellaSwag, BLiMP, ...")
 _QUESTIONS = flags.DEFINE_integer("num_questions", None, "Of each task, at most; all unless told.", lower_bound=1)
 

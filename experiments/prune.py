@@ -37,7 +37,7 @@ def main() -> None:
     from gptjax.compress import prune, saving, structured
 
     destination = pathlib.Path(_DST.value).expanduser().absolute()
-    saving.check_free(destination)
+    saving.check_free(destination, source=_CKPT.value)
     cut, sparsity, config = prune_flags.cut(), prune_flags.sparsity(), prune_flags.config()
     if not cut and sparsity is None:
         raise ValueError("nothing to do: give --sparsity, or one of --width, --heads, --depth and --experts")

@@ -51,6 +51,8 @@ def config() -> SparseGPT | None:
 
     holders = {"aim": _AIM, "costs": _COSTS, "refit_steps": _REFIT, "damping": _DAMPING}
     given: dict[str, Any] = {name: holder.value for name, holder in holders.items() if holder.value is not None}
+    if _SPARSITY.value is None and _METHOD.present:
+        raise ValueError(f"--method={_METHOD.value} is of single weights: give --sparsity, or leave it out")
     if _SPARSITY.value is not None and _METHOD.value == "sparsegpt":
         return SparseGPT(**given)
     if given:

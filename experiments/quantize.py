@@ -34,7 +34,7 @@ def main() -> None:
     from gptjax.compress import quantize, saving
 
     destination = pathlib.Path(_DST.value).expanduser().absolute()
-    saving.check_free(destination)
+    saving.check_free(destination, source=_CKPT.value)
     method, began = quantize_flags.method(), time.perf_counter()
     model = gptjax.load(_CKPT.value)
     quant = quantize_flags.rules(model.config)

@@ -41,10 +41,11 @@ def main() -> None:
     from gptjax.compress import saving
 
     destination = pathlib.Path(_DST.value).expanduser().absolute()
-    saving.check_free(destination)
+    saving.check_free(destination, source=_CKPT.value)
     share_flags.sharing()
     looks = share_flags.check()
-    calibration_flags.check("--rank, --energy or --init=influential", needed=looks)
+    asks = "--rank, --energy or --init=influential" if looks else "what is asked for"
+    calibration_flags.check(asks, needed=looks)
     model, began = gptjax.load(_CKPT.value), time.perf_counter()
     batches, facts = calibration_flags.batches(model) if looks else ([], None)
     cfg, params, tables, asked = share_flags.apply(model, batches)

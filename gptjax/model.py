@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Weights
@@ -43,6 +44,7 @@ class Model:
       tokenizer: None where the checkpoint has none; tokens then take the place of text.
       meta: what the checkpoint says of its origin; None for a model made in memory.
       original: the model that it was made from by compressing it, which `evaluate` scores too.
+      made: what was done since `meta`, oldest first.
     """
 
     config: ModelConfig
@@ -50,12 +52,35 @@ class Model:
     tokenizer: Tokenizer | None = None
     meta: Meta | None = None
     original: Model | None = None
+    made: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def lineage(self) -> tuple[Mapping[str, Any], ...]:
+        """What was done to make it, oldest first, which checkpoints keep."""
+        return (*(() if self.meta is None else self.meta.lineage), *self.made)
 
     def __repr__(self) -> str:
         size = cost.count(self.config).total
         step = "" if self.meta is None else f", step {self.meta.step}"
         pieces = "no tokenizer" if self.tokenizer is None else f"{self.tokenizer.kind} tokenizer"
         return f"<gptjax.Model: {size:,} parameters, {pieces}{step}>"
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint, with the tokenizer where there is one, as step 0 of a new workdir.
+
+        Raises:
+          ValueError: if the directory holds a checkpoint already, or writing fails.
+        """
+        writer = store.CheckpointStore(directory)
+        try:
+            if writer.steps():
+                raise ValueError(f"{directory}: holds a checkpoint already, which is not overwritten; choose another")
+            names = "" if self.tokenizer is None else self.tokenizer.fingerprint
+            meta = meta_lib.make(self.config, tokenizer=names, lineage=self.lineage)
+            assets = {} if self.tokenizer is None else {tokenizer_lib.FILE_NAME: self.tokenizer.to_bytes()}
+            writer.save(0, meta=meta, params=self.params, assets=assets)
+        finally:
+            writer.close()
 
     def logits(self, tokens: Any) -> Array:
         """Float32 logits `[B, T, V]` of the token that follows each prefix of `tokens` `[B, T]`.
@@ -81,7 +106,9 @@ class Model:
         """
         found = [*examples.rows(dataset, self.tokenizer, seq_len=self.config.seq_len)]
         found = [checked_tokens(self.config, ids[None])[0] for ids in found if len(ids) > 1]
-        length = max(map(len, found), default=0)
+        if not found:
+            raise ValueError("dataset: nothing to predict in it; expected examples of at least 2 tokens")
+        length = max(map(len, found))
         starts = range(0, len(found), batch_size)
         batches = [examples.batch(found[i : i + batch_size], length=length, shift=1) for i in starts]
         figures = _figures(self, batches)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 from jax.sharding import Mesh
 
 from gptjax.api.arguments import TrainingArguments
 from gptjax.api.model import GPT4LMHeadModel
+from gptjax.api.text import GPT4Tokenizer
 from gptjax.api.trainer import Trainer
-from gptjax.checkpoint.meta import Meta
 from gptjax.compress import distill, prune, quantize
 from gptjax.compress import text as text_lib
 from gptjax.compress.distill import DistillConfig
@@ -58,11 +58,14 @@ def prune_model(
       ValueError: for a rate that leaves nothing or everything, a model in few bits, and text that is missing, not
         read or too short.
     """
+    _check_model("model", model)
     try:
         sparsity = sparsity_lib.parse(pruning_rate)
     except ValueError as error:
         raise ValueError(f"pruning_rate={pruning_rate!r}: {error}") from error
     method = method or ("magnitude" if calibration is None else "sparsegpt")
+    if method not in get_args(prune.Method):
+        raise ValueError(f"method={method!r}: expected one of {', '.join(get_args(prune.Method))}")
     if method == "magnitude" and calibration is not None:
         raise ValueError("method='magnitude' looks at no text; leave out calibration, or choose wanda or sparsegpt")
     prune.check(model.config, sparsity)
@@ -87,7 +90,7 @@ def quantize_model(
 
     Args:
       num_bits: one of `NUM_BITS`.
-      group_size: inputs that share a scale; 128 unless told, and all of them for 8 bits.
+      group_size: inputs that share a scale, 0: all of a row; 128 unless told, and all of a row for 8 bits.
       method: a name of `gptjax.compress.quantize.METHODS`; `rtn` without calibration and `gptq` with it, unless told.
       calibration: examples as for `evaluate`.
       kv_cache: format of keys and values, such as `int8`; see `gptjax.nn.quant_spec`.
@@ -96,6 +99,7 @@ def quantize_model(
       ValueError: for other bits, a group size that does not divide, a model in few bits already, and text that is
         missing, not read or too short.
     """
+    _check_model("model", model)
     if isinstance(num_bits, bool) or num_bits not in NUM_BITS:
         raise ValueError(f"num_bits={num_bits!r}: expected one of {', '.join(map(str, NUM_BITS))}")
     name = method or ("rtn" if calibration is None else "gptq")
@@ -110,19 +114,24 @@ def quantize_model(
     quantize.check(model.config, quant, method=chosen)
     text = _calibration(model, calibration)
     found = quantize.quantize(model.config, model.params, quant, method=chosen, batches=_batches(text))
-    entry = {"stage": "quantize", "method": dataclasses.asdict(chosen), **dataclasses.asdict(quant)}
+    facts = dataclasses.asdict(quant)
+    entry = {"stage": "quantize", "method": dataclasses.asdict(chosen)} | {
+        key: facts[key] for key in ("rules", "kv_cache")
+    }
     return _made(model, found.model, found.params, entry, text)
 
 
 def knowledge_distillation(
-    teacher_model: GPT4LMHeadModel,
-    student_model: GPT4LMHeadModel,
+    teacher_model: Model | GPT4LMHeadModel,
+    student_model: AnyModel,
     *,
     train_dataset: Sequence[Any],
     args: TrainingArguments,
     **options: Any,
-) -> GPT4LMHeadModel:
+) -> AnyModel:
     """A student trained on what a teacher says of the same tokens; its original is the teacher.
+
+    What is given is untouched; what is returned is of the student's class.
 
     Args:
       train_dataset, args: as for `Trainer`.
@@ -136,17 +145,23 @@ def knowledge_distillation(
     known = {"loss", "temperature", "beta", "weight", "top_k"}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"knowledge_distillation: {unknown[0]}: unknown; expected of {', '.join(sorted(known))}")
+    for name, model in (("teacher_model", teacher_model), ("student_model", student_model)):
+        _check_model(name, model)
     config = DistillConfig(**options)
-    _check_pair(teacher_model, student_model)
+    teacher: GPT4LMHeadModel = _head_model(teacher_model)
+    untrained: GPT4LMHeadModel = _head_model(student_model)
+    _check_pair(teacher, untrained)
     student = GPT4LMHeadModel(
-        student_model.config,
-        student_model.params,
-        tokenizer=student_model.tokenizer or teacher_model.tokenizer,
-        lineage=(*student_model.lineage, {"stage": "distill", **options}),
-        original=teacher_model,
+        untrained.config,
+        untrained.params,
+        tokenizer=untrained.tokenizer or teacher.tokenizer,
+        lineage=(*untrained.lineage, {"stage": "distill", **options}),
+        original=teacher,
     )
-    _Distiller(student, args, train_dataset=train_dataset, teacher=teacher_model, config=config).train()
-    return student
+    _Distiller(student, args, train_dataset=train_dataset, teacher=teacher, config=config).train()
+    if isinstance(student_model, GPT4LMHeadModel):
+        return student
+    return dataclasses.replace(student.inner(), original=teacher.inner())
 
 
 class _Distiller(Trainer):
@@ -192,14 +207,18 @@ def _check_pair(teacher: GPT4LMHeadModel, student: GPT4LMHeadModel) -> None:
 
 
 def _weights(num_bits: int, group_size: int | None) -> WeightFormat:
-    return quant_spec.weight_format(f"int{num_bits}" + ("" if group_size is None else f":g{group_size}"))
+    if group_size is None:
+        return quant_spec.weight_format(f"int{num_bits}")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
+        raise ValueError(f"group_size={group_size!r}: expected inputs that share a scale, or 0 for all of a row")
+    return quant_spec.weight_format(f"int{num_bits}:" + (f"g{group_size}" if group_size else "rows"))
 
 
 def _calibration(model: Model | GPT4LMHeadModel, dataset: Sequence[Any] | None) -> Calibration | None:
     if dataset is None:
         return None
     core, length = _core(model), min(model.config.seq_len, _CALIBRATION_LENGTH)
-    found = [*examples.rows(dataset, core.tokenizer, seq_len=model.config.seq_len)]
+    found = [*examples.rows(dataset, core.tokenizer, seq_len=model.config.seq_len, name="calibration")]
     rows = min(_CALIBRATION_ROWS, max(1, sum(map(len, found)) // length))
     return text_lib.cut("calibration", found, rows=rows, length=length)
 
@@ -212,15 +231,27 @@ def _core(model: Model | GPT4LMHeadModel) -> Model:
     return model if isinstance(model, Model) else model.inner()
 
 
+def _check_model(name: str, model: Any) -> None:
+    if not isinstance(model, Model | GPT4LMHeadModel):
+        raise ValueError(
+            f"{name}: expected a gptjax.Model or a GPT4LMHeadModel, got {type(model).__name__}; gptjax.load(path) and "
+            "GPT4LMHeadModel.from_pretrained(path) give one"
+        )
+
+
+def _head_model(model: Model | GPT4LMHeadModel) -> GPT4LMHeadModel:
+    if isinstance(model, GPT4LMHeadModel):
+        return model
+    tokenizer = None if model.tokenizer is None else GPT4Tokenizer(model.tokenizer)
+    return GPT4LMHeadModel(model.config, model.params, tokenizer=tokenizer, lineage=model.lineage)
+
+
 def _made(
     model: AnyModel, cfg: ModelConfig, params: Params, entry: dict[str, Any], text: Calibration | None
 ) -> AnyModel:
     entry = entry | {"calibration": None if text is None else text.facts()}
     if isinstance(model, Model):
-        return Model(cfg, params, model.tokenizer, _with_entry(model.meta, cfg, entry), original=model)
+        meta = None if model.meta is None else dataclasses.replace(model.meta, model=cfg)
+        return Model(cfg, params, model.tokenizer, meta, original=model, made=(*model.made, entry))
     lineage = (*model.lineage, entry)
     return GPT4LMHeadModel(cfg, params, tokenizer=model.tokenizer, lineage=lineage, original=model)
-
-
-def _with_entry(meta: Meta | None, cfg: ModelConfig, entry: dict[str, Any]) -> Meta | None:
-    return None if meta is None else dataclasses.replace(meta, model=cfg, lineage=(*meta.lineage, entry))

@@ -15,9 +15,6 @@ import numpy as np
 from gptjax import config as config_lib
 from gptjax.api import presets
 from gptjax.api.text import GPT4Tokenizer
-from gptjax.checkpoint import meta as meta_lib
-from gptjax.checkpoint import store
-from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.kernels import cross_entropy
 from gptjax.model import Model, check_length, load
 from gptjax.nn import cost, transformer
@@ -104,20 +101,8 @@ class GPT4LMHeadModel:
         Raises:
           ValueError: if the directory holds a checkpoint already, or writing fails.
         """
-        writer = store.CheckpointStore(directory)
-        try:
-            if writer.steps():
-                raise ValueError(f"{directory}: holds a checkpoint already, which is not overwritten; choose another")
-            inner = self.tokenizer.inner if self.tokenizer else None
-            meta = meta_lib.make(
-                self.config,
-                tokenizer=inner.fingerprint if inner else "",
-                lineage=(*self.lineage, {"stage": "save_pretrained"}),
-            )
-            assets = {tokenizer_lib.FILE_NAME: inner.to_bytes()} if inner else {}
-            writer.save(0, meta=meta, params=self.params, assets=assets)
-        finally:
-            writer.close()
+        made = (*self.lineage, {"stage": "save_pretrained"})
+        dataclasses.replace(self.inner(), made=made).save(directory)
 
     def __call__(self, input_ids: Any, *, attention_mask: Any = None, labels: Any = None) -> LMOutput:
         """Logits of every position and, given labels, the loss.

@@ -73,12 +73,20 @@ def prepare(
       questions: of each task.
 
     Raises:
-      ValueError: if the text cannot be read, or the original has no tokenizer to read it with.
+      ValueError: if the text cannot be read or has only one row, whose error nobody knows, the original has no
+        tokenizer to read it with, or rows are longer than its context.
     """
     if original.tokenizer is None:
         raise ValueError(f"{original.name}: has no tokenizer to read text with")
     cfg = original.config
+    if seq_len is not None and seq_len > cfg.seq_len:
+        raise ValueError(f"seq_len={seq_len}: expected at most {cfg.seq_len}, the context of {original.name}")
     rows = heldout.read(text, original.tokenizer, seq_len=seq_len or min(cfg.seq_len, _MAX_ROW), num_tokens=num_tokens)
+    if sum(int(batch.loss_mask.any(-1).sum()) for batch in rows.batches) < 2:
+        raise ValueError(
+            f"{text}: has one row of {seq_len or min(cfg.seq_len, _MAX_ROW)} tokens, whose error nobody knows; "
+            "expected two at least: give more text, or a larger --num_tokens or smaller --seq_len"
+        )
     answers = {name: tasks.answer(cfg, original.params, original.tokenizer, found) for name, found in questions.items()}
     return Exam(original=original, text=rows, questions=questions, answers=answers)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.struct
 import jax
@@ -43,6 +43,8 @@ class Divergence:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"loss={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: expected above 0 and finite")
         if not 0.0 < self.beta < 1.0:

@@ -156,11 +156,11 @@ def rules(ranks: Mapping[str, int], *, can: Mapping[str, Layout]) -> tuple[RankR
 
 
 def _kernels(cfg: ModelConfig, leave: str | None) -> dict[str, Layout]:
-    return {
-        path: layout
-        for path, layout in transformer.layouts(cfg).items()
-        if low_rank.can_be_factored(path) and (leave is None or not re.search(leave, path))
-    }
+    found = {path: layout for path, layout in transformer.layouts(cfg).items() if low_rank.can_be_factored(path)}
+    left = set() if leave is None else {path for path in found if re.search(leave, path)}
+    if leave is not None and not left:
+        raise ValueError(f"leave={leave!r}: no kernel has this in its path; there are {', '.join(sorted(found))}")
+    return {path: layout for path, layout in found.items() if path not in left}
 
 
 def _flat(layout: Layout, kernel: Array, inputs: Inputs) -> tuple[Array, Array]:

@@ -299,7 +299,7 @@ def _names(method: Method) -> str:
 
 def _format(format: WeightFormat) -> str:
     group = "rows" if format.group_size is None else f"groups of {format.group_size}"
-    return f"{format.dtype} {group}{'' if format.symmetric else ' with zeros'}"
+    return f"{format.dtype} {group}{'' if format.symmetric else ' with zero points'}"
 
 
 def _said(rules: tuple[KernelRule, ...]) -> str:

@@ -24,10 +24,12 @@ def fingerprint(cfg: ModelConfig, params: Params) -> str:
     return meta_lib.params_hash(cfg, arrays.checksums(arrays.flatten({"params": params})))
 
 
-def check_free(destination: pathlib.Path) -> None:
+def check_free(destination: pathlib.Path, *, source: str) -> None:
     """Raises:
-    ValueError: if something has that name already.
+    ValueError: if something has that name already, or it would be inside of what is only read.
     """
+    if "://" not in source and destination.resolve().is_relative_to(pathlib.Path(source).expanduser().resolve()):
+        raise ValueError(f"{destination}: is inside of {source}, which is only read; name a directory beside it")
     if destination.exists():
         raise ValueError(f"{destination}: is there already, and is not overwritten; name another, or remove it")
 

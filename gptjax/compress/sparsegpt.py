@@ -55,7 +55,9 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.aim <= 1.0:
-            raise ValueError(f"aim={self.aim:g}: expected 0, at what a kernel's own inputs give, to 1, at the original's")
+            raise ValueError(
+                f"aim={self.aim:g}: expected 0, at what a kernel's own inputs give, to 1, at the original's"
+            )
         if self.damping < 0.0:
             raise ValueError(f"damping={self.damping:g}: expected 0 or more, a part of the Hessian's mean diagonal")
 

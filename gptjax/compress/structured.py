@@ -268,9 +268,9 @@ def _check_heads(block: BlockConfig, size: float) -> None:
     num = block.attention.num_heads
     per_group = num // block.attention.num_kv_heads if isinstance(block.attention, AttentionConfig) else 1
     if not per_group <= size < num or size % per_group:
+        groups = f"{num} heads are in groups of {per_group} that share a key/value head; " if per_group > 1 else ""
         raise ValueError(
-            f"heads={size:g}: {num} heads are in groups of {per_group} that share a key/value head; expected a "
-            f"multiple of {per_group} below {num}"
+            f"heads={size:g}: {groups}expected a multiple of {per_group} from {per_group} to {num - per_group}"
         )
 
 

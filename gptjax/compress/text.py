@@ -70,9 +70,10 @@ def cut(description: str, documents: Iterable[np.ndarray], *, rows: int, length:
         if found >= limit:
             break
     if found < wanted:
+        fewer = f", or ask for at most {found // length} rows" if found >= length else ""
         raise ValueError(
             f"{description}: has {found:,} tokens, too few for {rows} calibration rows of {length}; give more "
-            f"text, or ask for at most {found // length} rows"
+            f"text{fewer}"
         )
     stream = np.concatenate(parts)[:limit]
     # The last start is where the last whole row fits, and neighbours do not overlap.

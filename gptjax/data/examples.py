@@ -25,15 +25,20 @@ def token_ids(example: Any) -> np.ndarray:
     return found.astype(np.int32)
 
 
-def rows(dataset: Sequence[Any], tokenizer: Tokenizer | None, *, seq_len: int) -> Iterator[np.ndarray]:
+def rows(
+    dataset: Sequence[Any], tokenizer: Tokenizer | None, *, seq_len: int, name: str = "dataset"
+) -> Iterator[np.ndarray]:
     """The ids of each example; a text is cut into rows of at most `seq_len`, the first behind the start token.
+
+    Args:
+      name: of the data set in errors.
 
     Raises:
       ValueError: for text without a tokenizer, an example that is longer than `seq_len`, and one string in place of
         several.
     """
     if isinstance(dataset, str):
-        raise ValueError(f"dataset: expected examples, got one string {dataset!r:.40}; a text is ['...']")
+        raise ValueError(f"{name}: expected examples, got one string {dataset!r:.40}; a text is ['...']")
     for number, example in enumerate(dataset):
         if not isinstance(example, str):
             ids = token_ids(example)

@@ -50,7 +50,7 @@ def parse(text: float | str) -> Sparsity:
         return Sparsity(1.0 - kept / size, size)
     try:
         fraction = float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         fraction = -1.0
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"sparsity={text}: expected above 0 and below 1, as 0.5, or n:m, as 2:4")

@@ -32,6 +32,11 @@ def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: T
     """
     checkpoint = find_agreed(path)
     meta = read_meta(checkpoint)
+    if meta.model.has_stored_kernels:
+        raise ValueError(
+            f"train.init_from={path}: its kernels are in few bits, which do not train; start from the checkpoint in "
+            "floats that it was made from"
+        )
     theirs, ours = (arrays.flatten(transformer.abstract_params(cfg)) for cfg in (meta.model, model))
     for line in arrays.mismatches(ours, theirs):
         raise ValueError(f"train.init_from={path}: {line}; expected a model of the same sizes")

@@ -98,7 +98,32 @@ def test_quantising_stores_what_it_is_told(model, options, format, tmp_path):
 def test_a_value_of_gptjax_gives_its_own_kind(model):
     made = gptjax.quantize_model(gptjax.prune_model(model.inner()), 8)
     assert isinstance(made, gptjax.Model) and "original_loss" in made.evaluate(TEXT)
+    rows = gptjax.quantize_model(model.inner(), 4, group_size=0).params["group_0"]["block_0"]["mlp"]["up"]["kernel"]
+    assert rows.scale.shape[-1] == 1
     assert len(made.generate("the ", max_new_tokens=4)) > 0 and "parameters" in repr(made)
+
+
+def test_what_was_made_of_a_value_of_gptjax_is_saved_with_its_lineage(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    made = gptjax.quantize_model(gptjax.load(tmp_path / "whole"), 8)
+    made.save(tmp_path / "small")
+    again = gptjax.load(tmp_path / "small")
+    assert [entry["stage"] for entry in again.lineage][-2:] == ["save_pretrained", "quantize"]
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+    assert again.tokenizer.fingerprint == model.tokenizer.inner.fingerprint
+    with pytest.raises(ValueError, match="holds a checkpoint already, which is not overwritten"):
+        made.save(tmp_path / "small")
+
+
+def test_values_of_gptjax_teach_and_learn(model, tokenizer, tmp_path):
+    rows = [ids for ids in np.split(np.asarray(tokenizer.encode(TEXT[0] * 40)[:256], np.int32), 8)]
+    args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2)
+    made = gptjax.knowledge_distillation(model.inner(), model.inner(), train_dataset=rows, args=args)
+    assert isinstance(made, gptjax.Model) and "original_loss" in made.evaluate(TEXT)
+    for wrong, message in (({"teacher_model": "runs/demo"}, "teacher_model: expected"), ({"loss": "x"}, "loss='x'")):
+        call = {"teacher_model": model, "student_model": model, "train_dataset": rows, "args": args} | wrong
+        with pytest.raises(ValueError, match=message):
+            gptjax.knowledge_distillation(**call)
 
 
 def test_a_student_comes_nearer_to_its_teacher(model, tokenizer, tmp_path):
@@ -139,6 +164,14 @@ def test_other_mistakes_are_named(model, tokenizer):
         gptjax.prune_model(stored)
     with pytest.raises(ValueError, match="group_size=128 does not divide its 16 inputs"):
         gptjax.quantize_model(model, 4)
+    with pytest.raises(ValueError, match="group_size=-1: expected inputs that share a scale, or 0"):
+        gptjax.quantize_model(model, 4, group_size=-1)
+    with pytest.raises(ValueError, match="model: expected a gptjax.Model or a GPT4LMHeadModel, got str"):
+        gptjax.quantize_model("runs/demo")
+    with pytest.raises(ValueError, match="method='best': expected one of magnitude"):
+        gptjax.prune_model(model, method="best")
+    with pytest.raises(ValueError, match="pruning_rate=None: .*expected"):
+        gptjax.prune_model(model, None)
     with pytest.raises(ValueError, match="method='best': expected one of rtn"):
         gptjax.quantize_model(model, method="best")
     with pytest.raises(ValueError, match="gptq rounding .* needs calibration text"):
@@ -152,7 +185,7 @@ def test_other_mistakes_are_named(model, tokenizer):
             call(model, calibration="book.txt")
     with pytest.raises(ValueError, match="more than the model's seq_len=32"):
         model.evaluate([list(range(33))])
-    with pytest.raises(ValueError, match="expected at least one target"):
+    with pytest.raises(ValueError, match="dataset: nothing to predict in it"):
         model.evaluate([[7]])
     args = TrainingArguments("none")
     for changes, message in (

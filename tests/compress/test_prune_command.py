@@ -57,6 +57,12 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
     assert sparse.bitmaps(arrays._files(tmp_path / "out" / "params"))
 
 
+def test_the_source_is_only_read(source):
+    result = run(f"--ckpt={source}", f"--dst={source}/ckpt/5/out", "--sparsity=0.5", "--method=magnitude")
+    assert result.returncode == 2 and "is inside of" in result.stderr and "which is only read" in result.stderr
+    assert not (source / "ckpt" / "5" / "out").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -69,6 +75,7 @@ def test_it_leaves_a_smaller_sparse_model_and_the_source_as_it_was(source, tmp_p
         (["--sparsity=0.5", "--method=wanda", "--aim=0"], "--aim has no effect: --method=wanda does not read it"),
         (["--width=0.5", "--costs=loss"], "--costs has no effect: there is no --sparsity"),
         (["--sparsity=0.5", "--aim=2", "--calibration=x"], "aim=2: expected 0"),
+        (["--width=0.5", "--method=wanda"], "--method=wanda is of single weights: give --sparsity"),
         (["--width=0.5", "--surplus_experts=merged"], "no effect without --experts; leave it out"),
     ],
 )

@@ -140,6 +140,12 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
     assert f"{small['quality']['perplexity']:,.2f}" in page
     picture = ElementTree.parse(tmp_path / "out" / "compress.svg").getroot()
     assert "a name that is longer than" in "".join(picture.itertext()) and len(picture.findall("{*}circle")) == 2
+    for flag, message in (("--seq_len=65", "expected at most 64, the context"), ("--num_tokens=512", "has one row")):
+        data = [f"--data={tmp_path}/text.txt"] if "seq_len" in flag else [f"--data={tmp_path}/short.txt"]
+        (tmp_path / "short.txt").write_text("too short")
+        other = [*command[:3], f"--ckpts={tmp_path}/whole", *data, flag, f"--out={tmp_path}/none"]
+        refused = subprocess.run(other, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2 and message in refused.stderr and not (tmp_path / "none").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "has a report already, which is not overwritten" in again.stderr
 

@@ -192,7 +192,7 @@ def test_one_after_the_other_and_shared_layers_too():
 @pytest.mark.parametrize(
     "name, cut, message",
     [
-        ("dense", {"heads": 1}, "heads=1: 4 heads are in groups of 2 .* multiple of 2 below 4"),
+        ("dense", {"heads": 1}, "heads=1: 4 heads are in groups of 2 .* multiple of 2 from 2 to 2"),
         ("dense", {"heads": 4}, "heads=4"),
         ("dense", {"width": 1.0}, "width=1: expected above 0 and below 1"),
         ("dense", {"depth": 2}, "depth=2: expected 1 to 1"),

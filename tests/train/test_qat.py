@@ -62,7 +62,7 @@ def test_what_was_trained_is_stored_to_the_bit(trained):
 def test_it_is_not_stored_in_another_way_than_it_was_trained_for(trained):
     meta, params = trained
     for text, message in (
-        ("int4:g8:sym,embeddings=int8", "was trained for few bits by its own rules.*int4 groups of 8 with zeros"),
+        ("int4:g8:sym,embeddings=int8", "was trained for few bits by its own rules.*int4 groups of 8 with zero points"),
         ("int4:g8:asym", "embed/tokens: this model was trained for few bits"),
     ):
         with pytest.raises(ValueError, match=message):
