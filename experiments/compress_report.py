@@ -14,7 +14,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from experiments import common
@@ -55,17 +55,17 @@ def main() -> int:
         original, text=_DATA.value, seq_len=_SEQ_LEN.value, num_tokens=_TOKENS.value, questions=questions
     )
     variants, failures = [comparing.take(exam, original)], {}
-    _print(variants)
+    _tell(variants)
     for name, path in zip(names[1:], _CKPTS.value[1:], strict=True):
         try:
             variants.append(comparing.take(exam, _load(name, path)))
-            _print(variants)
+            _tell(variants)
         except (ValueError, OSError) as error:
             failures[name] = str(error)
             print(f"{name}: not measured: {error}", file=sys.stderr)
     comparison = report.Comparison(title=names[0], variants=variants, failures=failures, facts=exam.facts)
     report.write(comparison, _OUT.value)
-    print(f"{_OUT.value}/compress.html")
+    print(f"{report.as_text(variants)}\n{_OUT.value}/compress.html")
     return 1 if failures else 0
 
 
@@ -85,13 +85,14 @@ def _load(name: str, path: str) -> Candidate:
     )
 
 
-def _print(variants: list[Variant]) -> None:
-    """The figures of the last."""
-    from gptjax.compress import report
-
-    tables = [report.rows(variants), report.task_rows(variants)]
-    figures = [f"{key} {value}" for head, *_, row in filter(None, tables) for key, value in zip(head, row, strict=True)]
-    print(", ".join(figures), flush=True)
+def _tell(variants: list[Variant]) -> None:
+    quality = variants[-1].quality
+    logging.info(
+        "%s: %.4f bits per byte, perplexity %.3f times the original's",
+        variants[-1].name,
+        quality.bits_per_byte,
+        quality.perplexity_ratio,
+    )
 
 
 def _num_bytes(path: epath.Path) -> int:

@@ -71,6 +71,7 @@ def main() -> None:
     entry = {"stage": "prune", "done": done, "config": how, "calibration": facts, "source": source}
     saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(params, before=model.params, destination=destination, seconds=time.perf_counter() - began)
+    print(f"to train it: --config.train.init_from={_DST.value} {prune_flags.to_train(cfg)}")
 
 
 def _tell(layer: int, num_layers: int, began: float) -> None:

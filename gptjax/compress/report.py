@@ -100,9 +100,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def render(comparison: Comparison) -> str:
     """The page as a string."""
-    variants, figures = comparison.variants, rows(comparison.variants)
-    quality = [line[: _NUM_QUALITY + 1] for line in figures]
-    cost = [[line[0], *line[_NUM_QUALITY + 1 :]] for line in figures]
+    variants = comparison.variants
+    quality, cost, tasks = tables(variants)
     sections = [
         ("Quality", "errors are standard errors; ratio, KL and same token are to the original", _table(quality)),
         ("Size and speed", "measured here, in turn; a token a pass for one reader", _table(cost)),
@@ -119,7 +118,7 @@ def render(comparison: Comparison) -> str:
         (
             "Multiple choice",
             "questions answered right, and in brackets by how much more of them than by the original",
-            _table(task_rows(variants)),
+            _table(tasks),
         ),
         ("Not measured", "", _facts(comparison.failures)),
         ("Made of", "", _facts(comparison.facts)),
@@ -155,14 +154,27 @@ _NUM_QUALITY = 6
 """Of the columns."""
 
 
-def rows(variants: Sequence[Variant]) -> list[list[str]]:
-    """The figures as text, the head first."""
+def tables(variants: Sequence[Variant]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Quality, size and speed, and scores in multiple choice as text, heads first; the last is empty without tasks."""
     head = ["model", *(name for name, _ in _COLUMNS)]
-    return [head, *([v.name, *(show(v, variants[0]) for _, show in _COLUMNS)] for v in variants)]
+    figures = [head, *([v.name, *(show(v, variants[0]) for _, show in _COLUMNS)] for v in variants)]
+    quality = [line[: _NUM_QUALITY + 1] for line in figures]
+    return quality, [[line[0], *line[_NUM_QUALITY + 1 :]] for line in figures], _task_rows(variants)
 
 
-def task_rows(variants: Sequence[Variant]) -> list[list[str]]:
-    """The scores in multiple choice as text, the head first; empty without tasks."""
+def as_text(variants: Sequence[Variant]) -> str:
+    """The tables for a terminal."""
+    lines = []
+    for table in filter(None, tables(variants)):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for name, *cells in table:
+            aligned = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join((f"{name:{widths[0]}}", *aligned)))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _task_rows(variants: Sequence[Variant]) -> list[list[str]]:
     names = list(dict.fromkeys(name for variant in variants for name in variant.tasks))
     if not names:
         return []

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from gptjax.compress import calibrate, mixtures
 from gptjax.compress.calibrate import Inputs, Site
@@ -102,6 +103,7 @@ def depth(cfg: ModelConfig, params: Params, batches: Sequence[Array], size: floa
     check(cfg, {"depth": size})
     influence = block_influence(cfg, params, batches)
     stay = sorted(np.argsort(-influence, kind="stable")[: int(size)].tolist())
+    logging.info("layers that stay, of 0 to %d: %s", cfg.num_layers - 1, ", ".join(map(str, stay)))
     layers = list(transformer.layers(cfg, params))
     runs: list[list[tuple[BlockConfig, Params]]] = []
     for block, weights in (layers[i] for i in stay):

@@ -159,5 +159,8 @@ def test_lines_of_the_table_have_a_cell_for_each_head(original, batches):
         speed=measure.Speed(prefill=1.0, decode=2.0),
         disk_bytes=9,
     )
-    head, row = report.rows([one])
-    assert len(head) == len(row) and row[head.index("of original")] == "100%"
+    (head, row), (other_head, other_row), tasks = report.tables([one])
+    assert len(other_head) == len(other_row) and tasks == []
+    lines = report.as_text([one]).splitlines()
+    assert len(lines[0]) == len(lines[1]) and lines[0].startswith("model") and lines[2] == ""
+    assert len(head) == len(row) and other_row[other_head.index("of original")] == "100%"
