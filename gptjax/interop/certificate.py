@@ -68,13 +68,13 @@ class Tolerance:
 # What two implementations with the same values may differ by. Float32: sums in another order. Where weights are
 # narrower, some peers round activations to match, up to 8 bits (llama.cpp), and how far single logits then move depends
 # on the model: the mean over a text is judged.
-_ANY_LOGIT = 30.0
+ANY_LOGIT = 30.0
 TOLERANCES: dict[str, Tolerance] = {
     "float32": Tolerance(2e-3, 1e-6, 1.0),
-    "float16": Tolerance(_ANY_LOGIT, 1e-4, 0.9),
-    "bfloat16": Tolerance(_ANY_LOGIT, 2e-3, 0.5),
-    "q8_0": Tolerance(_ANY_LOGIT, 0.03, 0.0),
-    "q4_0": Tolerance(_ANY_LOGIT, 0.05, 0.0),
+    "float16": Tolerance(ANY_LOGIT, 1e-4, 0.9),
+    "bfloat16": Tolerance(ANY_LOGIT, 2e-3, 0.5),
+    "q8_0": Tolerance(ANY_LOGIT, 0.03, 0.0),
+    "q4_0": Tolerance(ANY_LOGIT, 0.05, 0.0),
 }
 # What rounding the weights may do to a model, in nats a token: more is no rounding.
 ROUNDING_KL: dict[str, float] = {"float16": 0.02, "f16": 0.02, "bfloat16": 0.05, "bf16": 0.05, "q8_0": 0.1, "q4_0": 3.0}
@@ -89,7 +89,7 @@ def tolerance(dtype: str, model: ModelConfig) -> Tolerance:
     """What values of a dtype, one of `TOLERANCES`, may change in a model."""
     if not any(isinstance(block.mlp, MoEConfig) for block in model.blocks):
         return TOLERANCES[dtype]
-    return Tolerance(_ANY_LOGIT, _MIXTURE_KL[dtype], 0.0)
+    return Tolerance(ANY_LOGIT, _MIXTURE_KL[dtype], 0.0)
 
 
 def check_dtype(dtype: np.dtype | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptjax.interop.certificate import Certificate
+from gptjax.interop.certificate import ANY_LOGIT, Certificate
 
 
 def table(certificate: Certificate) -> str:
@@ -18,8 +18,9 @@ def table(certificate: Certificate) -> str:
         lines.append(f"  {row.prompt:<18}{figures[0]:>14}{figures[1]:>15}{figures[2]:>15}")
     if certificate.comparisons:
         bound = certificate.tolerance
-        most = (f"<= {bound.max_logit:g}", f"<= {bound.mean_kl:g}", f">= {bound.greedy:.0%}")
-        lines.append(f"  {'accepted where':<18}{most[0]:>14}{most[1]:>15}{most[2]:>15}")
+        logit = "" if bound.max_logit >= ANY_LOGIT else f"<= {bound.max_logit:g}"
+        most = (logit, f"<= {bound.mean_kl:g}", f">= {bound.greedy:.0%}" if bound.greedy else "")
+        lines.append(f"  {'accepted where':<18}{most[0]:>14}{most[1]:>15}{most[2]:>15}".rstrip())
     if certificate.comparisons and certificate.tokenizer is None:
         lines.append("  tokenizer: not compared; one of the two has none")
     if certificate.tokenizer is not None:
