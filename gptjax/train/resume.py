@@ -7,16 +7,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import logging
+from etils import epath
 
 from gptjax.checkpoint import arrays
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import CheckpointStore, find_agreed, read_meta, restore_params
+from gptjax.checkpoint.store import CheckpointStore, find, find_agreed, read_meta, restore_params
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.train.state import TrainState
 from gptjax.types import Params
+
+
+def check_start(path: str, model: ModelConfig, *, tokenizer: Tokenizer) -> None:
+    """What `start_from` refuses, before anything of a run is written.
+
+    Raises:
+      ValueError: as `start_from`.
+    """
+    checkpoint = find(path)
+    _check(path, checkpoint, read_meta(checkpoint), model, tokenizer)
 
 
 def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: Tokenizer) -> tuple[Meta, Params]:
@@ -31,7 +42,15 @@ def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: T
       ValueError: if they cannot be read, are of another shape, or were trained with another tokenizer.
     """
     checkpoint = find_agreed(path)
-    meta = read_meta(checkpoint)
+    _check(path, checkpoint, read_meta(checkpoint), model, tokenizer)
+    logging.info("Starting with the parameters of %s.", checkpoint)
+    meta, params = restore_params(checkpoint, shardings=shardings, dtype=jnp.float32)
+    for change in meta_lib.model_differences(meta.model, model):
+        logging.warning("They were trained in a model that differs (theirs -> this one): %s", change)
+    return meta, params
+
+
+def _check(path: str, checkpoint: epath.Path, meta: Meta, model: ModelConfig, tokenizer: Tokenizer) -> None:
     if meta.model.has_stored_kernels:
         raise ValueError(
             f"train.init_from={path}: its kernels are in few bits, which do not train; start from the checkpoint in "
@@ -45,10 +64,6 @@ def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: T
             f"train.init_from={path}: trained with tokenizer {meta.tokenizer[:12]}, but data.tokenizer is "
             f"{tokenizer.fingerprint[:12]}; prepare data with its own, --tokenizer={checkpoint}/assets"
         )
-    logging.info("Starting with the parameters of %s.", checkpoint)
-    for change in meta_lib.model_differences(meta.model, model):
-        logging.warning("They were trained in a model that differs (theirs -> this one): %s", change)
-    return restore_params(checkpoint, shardings=shardings, dtype=jnp.float32)
 
 
 class Resumed(NamedTuple):

@@ -45,7 +45,7 @@ from gptjax.train.evaluate import evaluator
 from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
 from gptjax.train.metrics import MetricsWriter, read_metrics
-from gptjax.train.resume import resume, start_from
+from gptjax.train.resume import check_start, resume, start_from
 from gptjax.train.setup import RunConfig, Setup, TaskFn, TrainConfig
 from gptjax.train.state import TrainState
 from gptjax.train.task import Companions
@@ -72,6 +72,8 @@ def run(cfg: RunConfig, path: epath.PathLike, *, task_fn: TaskFn = setup_lib.pre
         setup = setup_lib.make(cfg, mesh, tokenizer, task_fn=task_fn)
         setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
         data = _open_data(cfg, tokenizer)
+        if cfg.train.init_from is not None and not (path / directory.DIRECTORY).exists():
+            check_start(cfg.train.init_from, setup.model, tokenizer=tokenizer)
         with lock.exclusive(path) if hosts.is_lead() else contextlib.nullcontext():
             workdir.claim(path, cfg)
             _show("config", json.dumps(config_lib.to_dict(cfg), indent=2))

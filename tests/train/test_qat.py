@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import config as config_lib
 from gptjax.checkpoint.store import read_meta, restore_params
-from gptjax.compress import distill, quantize
+from gptjax.compress import distill, quantize, saving
 from gptjax.nn import quant_spec, quantized, storage, transformer
 from gptjax.train.run import run
 
@@ -98,3 +98,13 @@ def test_what_the_model_cannot_be_trained_for_is_said_before_anything_is_written
     with pytest.raises(ValueError, match=message):
         run(run_config(model__quant=quant), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_few_bits_do_not_train_and_leave_no_run_behind(run_config, trained, tmp_path):
+    meta, params = trained
+    found = quantize.quantize(meta.model, params, as_asked(SPEC), method=RTN)
+    entry = {"stage": "quantize"}
+    saving.write(tmp_path / "stored", found.model, found.params, entry=entry, source=meta, tokenizer=None)
+    with pytest.raises(ValueError, match="stored: its kernels are in few bits, which do not train"):
+        run(run_config(train__init_from=str(tmp_path / "stored")), tmp_path / "next")
+    assert not (tmp_path / "next").exists()

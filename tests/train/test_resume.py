@@ -55,3 +55,4 @@ def test_a_run_may_start_with_the_parameters_of_another(run_config, tmp_path):
         run(run_config(train__init_from=str(tmp_path / "first"), model__d_ff=48), tmp_path / "third")
     with pytest.raises(ValueError, match="nowhere: no checkpoint there"):
         run(run_config(train__init_from=str(tmp_path / "nowhere")), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
