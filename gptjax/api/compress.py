@@ -161,7 +161,7 @@ def knowledge_distillation(
     _Distiller(student, args, train_dataset=train_dataset, teacher=teacher, config=config).train()
     if isinstance(student_model, GPT4LMHeadModel):
         return student
-    return dataclasses.replace(student.inner(), original=teacher.inner())
+    return dataclasses.replace(student.inner(), original=teacher.inner(), made=student.lineage)
 
 
 class _Distiller(Trainer):

@@ -120,6 +120,7 @@ def test_values_of_gptjax_teach_and_learn(model, tokenizer, tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2)
     made = gptjax.knowledge_distillation(model.inner(), model.inner(), train_dataset=rows, args=args)
     assert isinstance(made, gptjax.Model) and "original_loss" in made.evaluate(TEXT)
+    assert made.lineage[-1]["stage"] == "distill"
     for wrong, message in (({"teacher_model": "runs/demo"}, "teacher_model: expected"), ({"loss": "x"}, "loss='x'")):
         call = {"teacher_model": model, "student_model": model, "train_dataset": rows, "args": args} | wrong
         with pytest.raises(ValueError, match=message):
