@@ -149,7 +149,10 @@ def test_training_rounds_as_storing_does(activations):
     params = random_params(dataclasses.replace(cfg, quant=None))
     training = dataclasses.replace(cfg, quant=dataclasses.replace(cfg.quant, stage="train"))
     tokens = tokens_for(cfg)
-    assert np.array_equal(logits(training, params, tokens), logits(cfg, stored(cfg, params), tokens))
+    # Kernels are the same to the bit (tests/train/test_qat.py); two programs may sum in other orders.
+    np.testing.assert_allclose(
+        logits(training, params, tokens), logits(cfg, stored(cfg, params), tokens), rtol=1e-5, atol=2e-6
+    )
     gradients = jax.grad(lambda p: jnp.square(transformer.forward(training, p, tokens).hidden_BTD).mean())(params)
     kernel = gradients["group_0"]["block_0"]["mlp"]["up"]["kernel"]
     assert np.isfinite(kernel).all() and np.abs(kernel).max() > 0
