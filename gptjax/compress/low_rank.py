@@ -55,6 +55,9 @@ def ranks_of_size(cfg: ModelConfig, size: float, *, leave: str | None = None) ->
     Args:
       leave: regular expression of the paths of kernels that stay whole.
 
+    Returns:
+      Ranks that groups of numbers in few bits divide, unless they are small; so factors are a little smaller.
+
     Raises:
       ValueError: for a size that is not between 0 and 1.
     """
@@ -66,8 +69,14 @@ def ranks_of_size(cfg: ModelConfig, size: float, *, leave: str | None = None) ->
         inputs, outputs = layout.num_inputs, math.prod(layout.out_shape)
         most = low_rank.largest_rank(layout)
         if most:
-            found[path] = max(1, min(int(size * inputs * outputs / (inputs + outputs)), most))
+            rank = max(1, min(int(size * inputs * outputs / (inputs + outputs)), most))
+            found[path] = rank - rank % _step(rank)
     return found
+
+
+def _step(rank: int) -> int:
+    """What a rank is made a multiple of, so that groups of few bits divide it; an eighth of it at most is lost."""
+    return next((step for step in (32, 16, 8, 4, 2) if rank >= 8 * step), 1)
 
 
 def ranks_of_energy(

@@ -164,6 +164,14 @@ def test_sizes_that_are_no_part_are_refused(size, message):
         low_rank.ranks_of_size(zoo.build("dense"), size)
 
 
+def test_groups_divide_the_ranks_of_a_size():
+    cfg = zoo.build("dense", d_model=256, d_ff=1024)
+    ranks = low_rank.ranks_of_size(cfg, 0.5)
+    up = ranks["group_0/block_0/mlp/up/kernel"]
+    assert up == 96 and up <= 0.5 * 256 * 1024 / 1280 < up + 16
+    assert all(rank % 8 == 0 or rank < 64 for rank in ranks.values())
+
+
 def test_what_is_factored_or_in_few_bits_is_refused():
     cfg = zoo.build("dense")
     params = random_params(cfg)
