@@ -85,7 +85,7 @@ _FORMATS = {
     "int8 x int8": "int8,activations=int8",
     "int4 32": "int4:g32:sym",
     "int4 64 zeros": "int4:g64:asym",
-    "int3 64": "int3:g64:sym",
+    "int3 64 zeros": "int3:g64:asym",
 }
 METHODS: Mapping[str, Callable[[ModelConfig, Params, Sequence[Array]], Made]] = {
     "int8 rtn": _few_bits(_FORMATS["int8"], "rtn"),
@@ -94,7 +94,7 @@ METHODS: Mapping[str, Callable[[ModelConfig, Params, Sequence[Array]], Made]] = 
     "int8 x int8 smoothquant": _few_bits(_FORMATS["int8 x int8"], "smoothquant"),
     **{
         f"{name} {method}": _few_bits(_FORMATS[name], method)
-        for name in ("int4 32", "int4 64 zeros", "int3 64")
+        for name in ("int4 32", "int4 64 zeros", "int3 64 zeros")
         for method in ("rtn", "awq", "gptq")
     },
     "kv int8": _few_bits("kv_cache=int8", "rtn"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -82,12 +83,11 @@ def measure(
     costs: dict[Key, np.ndarray] = {}
     sizes: dict[Key, int] = {}
     for path, layer, index in _places(cfg, layouts):
-        found, kernel = total[path], calibrate.at(params, path)
-        if index is not None:
-            found, kernel = jax.tree.map(operator.itemgetter(index), (found, kernel))
+        shape = calibrate.at(params, path).shape
+        found = total[path] if index is None else jax.tree.map(operator.itemgetter(index), total[path])
         outputs[path, layer] = found.outputs
         costs[path, layer] = np.asarray(found.costs)
-        sizes[path, layer] = kernel.size
+        sizes[path, layer] = math.prod(shape if index is None else shape[1:])
     return Sensitivity(outputs, _fractions(costs, sizes, fraction))
 
 
