@@ -85,9 +85,10 @@ def _print(params: Params, *, before: Params, destination: pathlib.Path, seconds
 
     rows = prune.table(params)
     width = max(len(row.path) for row in rows)
+    print(f"{'parameter':{width}}  {'shape':>22}  {'zeros':>6}")
     for row in rows:
         shape = " x ".join(map(str, row.shape))
-        print(f"{row.path:{width}}  {shape:>22}  {row.zeros:6.1%} zeros" + (f"  ({row.left})" if row.left else ""))
+        print(f"{row.path:{width}}  {shape:>22}  {row.zeros:6.1%}" + (f"  {row.left}" if row.left else ""))
     count, size = (sum(getattr(leaf, of) for leaf in jax.tree.leaves(before)) for of in ("size", "nbytes"))
     after = sum(leaf.size for leaf in jax.tree.leaves(params))
     stored = sum(file.stat().st_size for file in (destination / "params").rglob("*") if file.is_file())

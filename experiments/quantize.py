@@ -59,6 +59,7 @@ def main() -> None:
 
 def _print(result: Result, *, seconds: float) -> None:
     width = max(len(leaf.path) for leaf in result.leaves)
+    print(f"{'parameter':{width}}  {'bytes':>14} -> {'now':>14}  how")
     for leaf in result.leaves:
         error = "" if leaf.error is None else f"  output error {leaf.error:.2%}"
         how = leaf.treatment + (f" ({leaf.why})" if leaf.why else error)

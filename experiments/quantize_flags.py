@@ -50,6 +50,12 @@ _PROPAGATE = flags.DEFINE_float(
 )
 
 
+# In absl's words for a flag that is required, so that `experiments.common` names it with the others that are missing.
+@flags.validator("method", message="Flag --method must have a value other than None.")
+def _is_given(method: str | None) -> bool:
+    return method is not None or flags.FLAGS["weights"].value == "none"
+
+
 def rules(model: ModelConfig) -> QuantConfig:
     """What is stored how.
 
@@ -101,8 +107,7 @@ def method() -> Method:
     if _WEIGHTS.value == "none":
         _check_cache_alone()
         return quantize.METHODS["rtn"]
-    if _METHOD.value is None:
-        raise ValueError(f"--method is missing: give one of {', '.join(_METHODS)}")
+    assert _METHOD.value is not None, "its validator has seen to that"
     base = quantize.METHODS[_METHOD.value]
     scaling: Any = _SCALING.value or base.scaling
     given = {"scaling": scaling, "sequence": _SEQUENCE.value, "propagate": _PROPAGATE.value}

@@ -44,7 +44,7 @@ def main() -> None:
     saving.check_free(destination, source=_CKPT.value)
     share_flags.sharing()
     looks = share_flags.check()
-    asks = "--rank, --energy or --init=influential" if looks else "what is asked for"
+    asks = "--rank, --energy or --init=influential" if looks else f"share {share_flags.given()}"
     calibration_flags.check(asks, needed=looks)
     model, began = gptjax.load(_CKPT.value), time.perf_counter()
     batches, facts = calibration_flags.batches(model) if looks else ([], None)
@@ -61,7 +61,7 @@ def _print(tables: Mapping[str, Sequence[Line]], *, before: Params, after: Param
 
     width = max(len(line.part) for lines in tables.values() for line in lines)
     for name, lines in tables.items():
-        print(f"{name}:")
+        print(f"{f'{name}:':{width + 2}}  {'parameters':>12} -> {'now':>12}  how")
         for line in lines:
             print(f"  {line.part:{width}}  {line.before:>12,} -> {line.after:>12,}  {line.how}")
     for name, of in (("parameters", "size"), ("bytes", "nbytes")):

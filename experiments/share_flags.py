@@ -48,12 +48,12 @@ def check() -> bool:
         "--kv_every": (_KV_EVERY, (_KV_INIT,)),
         "--rank or --energy": (_RANK if _ENERGY.value is None else _ENERGY, (_SVD, _LEAVE)),
     }
-    if all(flag.value is None for flag, _ in needs.values()) and _TIE.value is None:
-        raise ValueError("nothing to do: give --pattern, --kv_every, --tie, --rank or --energy")
     for name, (flag, readers) in needs.items():
         unread = [f"--{reader.name}" for reader in readers if reader.present and flag.value is None]
         if unread:
-            raise ValueError(f"{', '.join(unread)} without {name}: has no effect; leave it out")
+            raise ValueError(f"{', '.join(unread)} without {name}: has no effect; give {name} too, or leave it out")
+    if all(flag.value is None for flag, _ in needs.values()) and _TIE.value is None:
+        raise ValueError("nothing to do: give --pattern, --kv_every, --tie, --rank or --energy")
     if _RANK.value is not None and _ENERGY.value is not None:
         raise ValueError("--rank and --energy both say how large factors are; give one")
     if _ENERGY.value is not None and _SVD.value == "weights":
@@ -61,6 +61,12 @@ def check() -> bool:
     return (is_low_rank and _SVD.value == "activations") or (
         _PATTERN.value is not None and _INIT.value == "influential"
     )
+
+
+def given() -> str:
+    """The flags that say what is shared."""
+    every = (_PATTERN, _UNIQUE, _INIT, _KV_EVERY, _KV_INIT, _TIE, _RANK, _ENERGY, _SVD, _LEAVE)
+    return " ".join(f"--{flag.name}={flag.value}" for flag in every if flag.present)
 
 
 def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[Any]], dict[str, Any]]:

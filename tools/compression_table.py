@@ -20,6 +20,7 @@ import json
 import pathlib
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -231,7 +232,8 @@ def _num_bytes(params: Params) -> int:
 
 
 def _told(layer: int) -> None:
-    print(f"  layer {layer}", end="\r", flush=True)
+    if sys.stdout.isatty():  # where the next line takes its place
+        print(f"  layer {layer}", end="\r", flush=True)
 
 
 def _peak() -> int:

@@ -98,6 +98,8 @@ class DistillConfig:
         if self.cache and "://" in self.cache:
             raise ValueError(f"cache={self.cache}: expected a local directory, as it is memory-mapped")
         self.divergence  # noqa: B018  # which checks
+        if self.loss != "jsd" and self.beta != Divergence.beta:
+            raise ValueError(f"beta={self.beta}: loss={self.loss!r} does not read it; set loss='jsd', or leave it out")
 
     @property
     def divergence(self) -> Divergence:

@@ -48,6 +48,11 @@ def directory(final: pathlib.Path, *, job: Mapping[str, Any]) -> Iterator[pathli
     """
     _check_free(final)
     partial = final.with_name(final.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not partial.exists():
+            raise ValueError(f"{final}: cannot be made ({error.strerror}); name another place") from error
     with lock.exclusive(partial):
         try:
             _check_free(final)  # another process may have finished since

@@ -173,8 +173,9 @@ def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainSta
     meta, params = start_from(cfg.train.init_from, setup.model, shardings=own, tokenizer=tokenizer)
     if others:
         params = {**params, **jax.jit(companions.init_fn, out_shardings=others)(jax.random.key(cfg.seed))}
-    stage |= {"init_from": cfg.train.init_from, "init_step": meta.step, "data": dict(cfg.data.train)}
-    stage |= {"num_steps": cfg.train.num_steps, "zeros": cfg.optim.zeros}
+    stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
+    stage["init_params_sha256"] = meta_lib.params_hash(meta.model, meta.checksums)
+    stage |= {"data": dict(cfg.data.train), "num_steps": cfg.train.num_steps, "zeros": cfg.optim.zeros}
     return state_lib.from_params(params, tx, shardings=shardings, extra=setup.shapes.extra), [*meta.lineage, stage]
 
 

@@ -200,6 +200,7 @@ def test_contradictions_in_the_config_are_refused():
         (dict(top_k=-1), "top_k=-1: expected at least 0"),
         (dict(cache="gs://x", top_k=3), "cache=gs://x: expected a local directory"),
         (dict(cache="x"), "cache=x: whole vocabularies are not cached"),
+        (dict(beta=0.25), "beta=0.25: loss='forward_kl' does not read it; set loss='jsd'"),
         (dict(cache="x", top_k=3, hidden_weight=1.0), "hidden states are not cached"),
         (dict(hidden_layers=((1, 1),)), "hidden_layers are given, but hidden_weight=0"),
     ):

@@ -171,7 +171,9 @@ def test_a_student_may_start_from_a_checkpoint(make, tmp_path, teacher):
     teach(again, tmp_path / "second")
     stages = read_meta(tmp_path / "second" / "ckpt" / "6").lineage
     assert [stage["stage"] for stage in stages] == ["distill", "distill"]
+    first = read_meta(tmp_path / "first" / "ckpt" / "2")
     assert stages[1]["init_step"] == 2
+    assert stages[1]["init_params_sha256"] == meta_lib.params_hash(first.model, first.checksums)
 
 
 CHILD = two_hosts.CHILD.replace(

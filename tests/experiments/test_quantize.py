@@ -82,6 +82,7 @@ def test_the_cache_alone_is_changed_and_everything_reads_it_so(source, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--weights=int4"], "error: missing: --method"),
         (["--method=gptq", "--weights=int4"], "--method=gptq looks at text: give --calibration"),
         (
             ["--method=rtn", "--weights=int4"],
@@ -110,3 +111,8 @@ def test_mistakes_are_one_line_and_leave_nothing(source, tmp_path, flags, messag
     result = run(f"--ckpt={source / 'run'}", f"--dst={tmp_path / 'small'}", *flags)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_that_cannot_be_made_is_named(source):
+    result = run(f"--ckpt={source / 'run'}", "--dst=/proc/small", "--method=rtn", "--weights=int8")
+    assert result.returncode == 2 and "error: /proc/small: cannot be made" in result.stderr

@@ -68,7 +68,7 @@ def test_everything_at_once_leaves_a_model_that_a_config_can_say(source, tmp_pat
         (["--pattern=cyclic", "--unique=3"], "unique=3 does not divide 4 layers evenly; expected one of 1, 2"),
         (["--rank=1"], "--rank, --energy or --init=influential looks at text: give --calibration"),
         (["--rank=1", "--svd=weights"], "rank=1: expected above 0 and below 1"),
-        (["--unique=2"], "nothing to do: give --pattern"),
+        (["--unique=2"], "--unique without --pattern: has no effect; give --pattern too, or leave it out"),
         (["--tie=input", "--init=first"], "--init without --pattern: has no effect"),
     ],
 )
