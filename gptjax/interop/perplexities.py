@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from gptjax.eval import heldout, perplexity
 from gptjax.interop.certificate import Certificate, Perplexities
 from gptjax.interop.runner import GptjaxRunner, Runner
+from gptjax.progress import Line
+from gptjax.types import Batch
 
 MAX_DIFFERENCE = 0.01
 _NUM_TOKENS, _SEQ_LEN = 8192, 512
@@ -47,12 +51,19 @@ def measure(text: str, ours: GptjaxRunner, peer: Runner, *, written: GptjaxRunne
             raise ValueError(f"{text}: {peer.name} does not give logits away, so it has no perplexity; leave it off")
         return logits[:, : ours.model.vocab_size]
 
-    sums = {
-        "checkpoint": perplexity.evaluate(ours.model, ours.params, rows.batches),
-        "peer": perplexity.evaluate_logits(by_peer, rows.batches),
-    }
-    sums["written"] = (
-        sums["checkpoint"] if written is ours else perplexity.evaluate(written.model, written.params, rows.batches)
-    )
+    with contextlib.closing(Line("perplexity")) as line:
+
+        def batches(name: str) -> Iterator[Batch]:
+            for number, batch in enumerate(rows.batches, 1):
+                line.show(f"{name}: row {number} of {len(rows.batches)}")
+                yield batch
+
+        sums = {
+            "checkpoint": perplexity.evaluate(ours.model, ours.params, batches(ours.name)),
+            "peer": perplexity.evaluate_logits(by_peer, batches(peer.name)),
+        }
+        sums["written"] = sums["checkpoint"]
+        if written is not ours:
+            sums["written"] = perplexity.evaluate(written.model, written.params, batches("what was written"))
     figures = {name: perplexity.perplexity(found.nats, found.tokens) for name, found in sums.items()}
     return Perplexities(text=rows.name, num_targets=rows.num_targets, **figures)
