@@ -16,11 +16,11 @@ def get_config(data_dir: str = "runs/demo/data") -> ConfigDict:
     config = base.get_config()
     config.name = "demo"
     config.model = base.llama(
-        vocab_size=4096, seq_len=512, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=1024,
-        tie_embeddings=True, rope_theta=10_000.0, qk_norm=True, activation="relu2",
+        vocab_size=4096, seq_len=512, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, d_ff=384,
+        tie_embeddings=True, rope_theta=10_000.0, qk_norm=True,
     )  # fmt: skip
     config.data = base.data(data_dir, batch_size=4)
-    config.optim = base.muon(learning_rate=0.01, warmup_steps=20, decay_fraction=0.5, weight_decay=0.0, b1=0.8)
+    config.optim = base.muon(learning_rate=0.02, warmup_steps=20, decay_fraction=0.3, weight_decay=0.0, b1=0.8)
     config.train.num_steps = 1350
     config.train.checkpoint_every = 60
     config.train.eval_every = 240

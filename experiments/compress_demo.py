@@ -58,7 +58,7 @@ def main() -> None:
         make("prune", f"{name}_wanda", f"--sparsity={sparsity}", "--method=wanda", *read)
         make("prune", f"{name}_sparsegpt", f"--sparsity={sparsity}", "--method=sparsegpt", *read)
     layers = model["num_layers"] // 2
-    make("prune", "cut", "--width=0.5", f"--depth={layers}", *read)
+    make("prune", "cut", "--width=0.5", f"--heads={model['num_heads'] // 2}", f"--depth={layers}", *read)
     make("share", "shared", "--pattern=adjacent", f"--unique={layers}")
     made += _train(demo, workdir, model, stages, num_steps=num_steps)
     report = workdir / "report"
@@ -74,7 +74,8 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, 
     """Students on the same tokens: what was cut or shares weights, taught by the original; half of it, alone."""
     config = [f"--config={_CONFIG.value}:{demo / 'data'}"]
     config += [f"--config.train.{key}={num_steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
-    half = [f"--config.model.num_layers={model['num_layers'] // 2}", f"--config.model.d_ff={model['d_ff'] // 2}"]
+    halved = ("num_layers", "num_heads", "num_kv_heads", "d_ff")
+    half = [f"--config.model.{name}={model[name] // 2}" for name in halved]
     sharing = json.dumps({"pattern": "adjacent", "unique": model["num_layers"] // 2})
 
     def train(command: str, name: str, *arguments: str) -> str:

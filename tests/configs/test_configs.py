@@ -50,9 +50,8 @@ def gpt2_size(*, vocab: int, context: int, d: int, layers: int, biases: bool) ->
 SIZES = {
     "base": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=768, tied=True),
     "shakespeare_char": gpt2_size(vocab=65, context=64, d=128, layers=4, biases=False),
-    # Two matrices of 768 are as large as three of 512; two norms of 64 in each layer, for queries and keys.
-    "demo": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=0, tied=True)
-    + 4 * (2 * 256 * 1024 + 2 * 64),
+    # Two norms of 64 in each layer, for queries and keys.
+    "demo": llama_size(vocab=4096, d=256, layers=4, heads=4, kv_heads=4, ff=384, tied=True) + 4 * 2 * 64,
     "gpt2_124m": 124_439_808,
     "llama_1b": 1_235_814_400,
     "llama_8b": 8_030_261_248,
