@@ -41,11 +41,13 @@ class Exam:
     """The original, and what every model is measured on.
 
     Attributes:
+      reference: the original on the text.
       answers: the original's, by task.
     """
 
     original: Candidate
     text: HeldOut
+    reference: measure.Reference
     questions: Mapping[str, Sequence[Question]]
     answers: Mapping[str, Answers]
 
@@ -88,7 +90,8 @@ def prepare(
             "expected two at least: give more text, or a larger --num_tokens or smaller --seq_len"
         )
     answers = {name: tasks.answer(cfg, original.params, original.tokenizer, found) for name, found in questions.items()}
-    return Exam(original=original, text=rows, questions=questions, answers=answers)
+    reference = measure.reference(cfg, original.params, rows.batches, num_bytes=rows.num_bytes)
+    return Exam(original=original, text=rows, reference=reference, questions=questions, answers=answers)
 
 
 def take(exam: Exam, candidate: Candidate) -> Variant:
@@ -101,16 +104,13 @@ def take(exam: Exam, candidate: Candidate) -> Variant:
     assert original.tokenizer is not None, "the exam was read with it"
     _check_tokenizer(candidate, original.name, original.tokenizer)
     pair = (candidate.config, candidate.params)
-    (quality,) = measure.quality(
-        (original.config, original.params), [pair], exam.text.batches, num_bytes=exam.text.num_bytes
-    )
     scores = {}
     for name, questions in exam.questions.items():
         answers = tasks.answer(*pair, original.tokenizer, questions)
         scores[name] = tasks.score(answers, exam.answers[name])
     return Variant(
         name=candidate.name,
-        quality=quality,
+        quality=measure.quality(exam.reference, *pair),
         size=measure.size(*pair),
         speed=measure.speed(*pair, prompt_len=min(candidate.config.seq_len // 2, _MAX_PROMPT)),
         disk_bytes=candidate.disk_bytes,

@@ -9,7 +9,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,32 +86,39 @@ class Speed:
     decode: float
 
 
-def quality(
-    original: tuple[ModelConfig, Params],
-    variants: Sequence[tuple[ModelConfig, Params]],
-    batches: Sequence[Batch],
-    *,
-    num_bytes: int,
-) -> list[Quality]:
-    """The figures of each variant on the targets of `batches`, by the evaluator of `eval.perplexity`.
+class Reference(NamedTuple):
+    """An original, and the text that all are measured on.
 
-    Args:
-      num_bytes: of UTF-8 that the targets spell.
+    Attributes:
+      num_bytes: of UTF-8 that the targets of `batches` spell.
+      nats_R: that the original needs for each row with a target.
+    """
+
+    model: ModelConfig
+    params: Params
+    batches: Sequence[Batch]
+    num_bytes: int
+    nats_R: np.ndarray
+
+
+def reference(cfg: ModelConfig, params: Params, batches: Sequence[Batch], *, num_bytes: int) -> Reference:
+    """The original's part of what `quality` compares, which is the same for every variant."""
+    return Reference(cfg, params, batches, num_bytes, _row_sums(cfg, params, batches)[1][:, 0])
+
+
+def quality(reference: Reference, cfg: ModelConfig, params: Params) -> Quality:
+    """The figures of a variant, by the evaluator of `eval.perplexity`.
 
     Raises:
-      ValueError: if a variant has another vocabulary.
+      ValueError: if it has another vocabulary.
     """
-    weight_R, reference_R, _ = _row_sums(original, original, batches)
-    found = []
-    for cfg, params in variants:
-        if cfg.vocab_size != original[0].vocab_size:
-            raise ValueError(
-                f"vocab_size={cfg.vocab_size}: expected the original's {original[0].vocab_size}; compare models of one "
-                "tokenizer"
-            )
-        _, own_R, compared_R = _row_sums((cfg, params), original, batches)
-        found.append(_quality(weight_R, own_R, compared_R, reference_R, num_bytes))
-    return found
+    if cfg.vocab_size != reference.model.vocab_size:
+        raise ValueError(
+            f"vocab_size={cfg.vocab_size}: expected the original's {reference.model.vocab_size}; compare models of one "
+            "tokenizer"
+        )
+    weight_R, own_R = _row_sums(cfg, params, reference.batches)
+    return _quality(weight_R, own_R, _compared_sums(reference, cfg, params), reference.nats_R, reference.num_bytes)
 
 
 def size(cfg: ModelConfig, params: Params) -> Size:
@@ -169,24 +176,29 @@ def _last_logits(cfg: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     return transformer.logits(cfg, params, hidden_BTD[:, -1:])
 
 
-def _row_sums(
-    model: tuple[ModelConfig, Params], original: tuple[ModelConfig, Params], batches: Sequence[Batch]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every row with a target: its weight `[R]`, nats and correct tokens `[R, 2]`, KL and agreements `[R, 2]`."""
-    weights, own, compared = [], [], []
+def _row_sums(cfg: ModelConfig, params: Params, batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Of every row with a target its weight, `[R]`, and its nats and correct tokens, `[R, 2]`."""
+    weights, own = [], []
     for batch in batches:
-        nll_BT, correct_BT = perplexity.token_nll(*model, batch)
-        for row in range(batch.tokens.shape[0]):
+        mask_BT = jnp.asarray(batch.loss_mask)
+        nll_BT, correct_BT = perplexity.token_nll(cfg, params, batch)
+        nats_B = jnp.where(mask_BT > 0, mask_BT * nll_BT, 0.0).sum(-1)
+        weights.append(mask_BT.sum(-1))
+        own.append(jnp.stack([nats_B, (mask_BT * correct_BT).sum(-1)], axis=-1))
+    weight_R, own_R = (np.concatenate(jax.device_get(values)).astype(np.float64) for values in (weights, own))
+    return weight_R[weight_R > 0], own_R[weight_R > 0]
+
+
+def _compared_sums(reference: Reference, cfg: ModelConfig, params: Params) -> np.ndarray:
+    """Of every row with a target its KL and agreements, `[R, 2]`."""
+    found = []
+    for batch in reference.batches:
+        for row in np.flatnonzero((np.asarray(batch.loss_mask) > 0).any(-1)):
             # One at a time: two models' logits of a large vocabulary are what takes memory.
             one = jax.tree.map(operator.itemgetter(slice(row, row + 1)), batch)
-            mask_T = one.loss_mask[0]
-            weights.append(mask_T.sum())
-            nats = jnp.where(mask_T > 0, mask_T * nll_BT[row], 0.0).sum()
-            own.append(jnp.stack([nats, (mask_T * correct_BT[row]).sum()]))
-            compared.append(_compared(_logits(*model, one), _logits(*original, one), mask_T))
-    arrays = [np.asarray(jax.device_get(values), np.float64) for values in (weights, own, compared)]
-    kept = arrays[0] > 0
-    return arrays[0][kept], arrays[1][kept], arrays[2][kept]
+            theirs_TV = _logits(reference.model, reference.params, one)
+            found.append(_compared(_logits(cfg, params, one), theirs_TV, one.loss_mask[0]))
+    return np.asarray(jax.device_get(found), np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,7 +223,7 @@ def _quality(
     total = weight_R.sum()
     loss, loss_error = _mean(own_R[:, 0], weight_R)
     kl, kl_error = _mean(compared_R[:, 0], weight_R)
-    ratio, ratio_error = _mean(own_R[:, 0] - reference_R[:, 0], weight_R)
+    ratio, ratio_error = _mean(own_R[:, 0] - reference_R, weight_R)
     return Quality(
         loss=loss,
         loss_error=loss_error,

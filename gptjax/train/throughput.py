@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 from absl import logging
@@ -58,6 +59,14 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+class _Span(NamedTuple):
+    """Steps between two readings."""
+
+    tokens: float
+    seconds: float
+    steps: int
+
+
 class Throughput:
     """Rates over the steps since the last reading, less what the clock was stopped for.
 
@@ -87,6 +96,7 @@ class Throughput:
         self._since: float | None = None
         self._tokens = 0.0
         self._steps = 0
+        self._before = _Span(0.0, 0.0, 0)
         self._all_tokens = 0.0
         self._all_seconds = 0.0
 
@@ -104,16 +114,23 @@ class Throughput:
             self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """`tokens_per_second`, `step_seconds` and `mfu` since the last call; empty when nothing was counted."""
+        """`tokens_per_second`, `step_seconds` and `mfu` since the last call; empty when nothing was counted.
+
+        After fewer steps than before the last call, as at the end of a run, they are over both: the results of two
+        steps may arrive at once, so few steps may seem to take no time.
+        """
         if self._since is None or not self._steps:
             return {}
         now = self._clock()
-        seconds = max(now - self._since, 1e-9)
-        rates = {"step_seconds": seconds / self._steps, **self._rates(self._tokens, seconds)}
-        self._all_tokens += self._tokens
-        self._all_seconds += seconds
+        own = shown = _Span(self._tokens, max(now - self._since, 1e-9), self._steps)
+        if own.steps < self._before.steps:
+            before = self._before
+            shown = _Span(own.tokens + before.tokens, own.seconds + before.seconds, own.steps + before.steps)
+        self._before = own
+        self._all_tokens += own.tokens
+        self._all_seconds += own.seconds
         self._since, self._tokens, self._steps = now, 0.0, 0
-        return rates
+        return {"step_seconds": shown.seconds / shown.steps, **self._rates(shown.tokens, shown.seconds)}
 
     def overall(self) -> dict[str, float]:
         """`tokens_per_second` and `mfu` over all that was ever read; empty when nothing was."""

@@ -44,8 +44,12 @@ def batches(tmp_path_factory):
     return loader.eval_batches(store, batch_size=2, seq_len=64, stride=64)
 
 
+def refer(original, batches):
+    return measure.reference(*original, list(batches), num_bytes=batches.num_bytes)
+
+
 def test_a_model_beside_itself_is_the_same(original, batches):
-    (found,) = measure.quality(original, [original], list(batches), num_bytes=batches.num_bytes)
+    found = measure.quality(refer(original, batches), *original)
     assert (found.kl, found.agreement, found.loss_ratio, found.loss_ratio_error) == (0, 1, 0, 0)
     whole = perplexity.evaluate(*original, batches)
     assert found.loss == pytest.approx(whole.loss, rel=1e-6) and found.accuracy == pytest.approx(whole.accuracy)
@@ -53,7 +57,7 @@ def test_a_model_beside_itself_is_the_same(original, batches):
 
 
 def test_figures_of_a_variant_are_those_by_hand(original, variant, batches):
-    (found,) = measure.quality(original, [variant], list(batches), num_bytes=batches.num_bytes)
+    found = measure.quality(refer(original, batches), *variant)
     losses, kls, same = [], [], []
     for batch in batches:
         args = dict(positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
@@ -83,7 +87,7 @@ def test_figures_of_a_variant_are_those_by_hand(original, variant, batches):
 def test_another_vocabulary_is_refused(original, batches):
     other = dataclasses.replace(SPEC, vocab_size=300).build()
     with pytest.raises(ValueError, match="vocab_size=300: expected the original's 260"):
-        measure.quality(original, [(other, random_params(other))], list(batches)[:1], num_bytes=1)
+        measure.quality(refer(original, batches), other, random_params(other))
 
 
 def test_sizes_are_those_in_memory(original, variant):
@@ -151,7 +155,7 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
 
 
 def test_lines_of_the_table_have_a_cell_for_each_head(original, batches):
-    (quality,) = measure.quality(original, [original], list(batches)[:1], num_bytes=10)
+    quality = measure.quality(refer(original, batches), *original)
     one = report.Variant(
         name="a",
         quality=quality,

@@ -49,9 +49,8 @@ def test_llama_cpp_finds_the_perplexity_that_the_report_says(stories, tmp_path, 
     gguf_write.write(path, tmp_path / "model.gguf", quantization="f32")
     peer = LlamaCppRunner(tmp_path / "model.gguf", tokenizer=ours.tokenizer)
     rows = heldout.read(text, ours.tokenizer, seq_len=256, num_tokens=2048)
-    (reported,) = measure.quality(
-        (original.model, original.params), [(ours.model, ours.params)], rows.batches, num_bytes=rows.num_bytes
-    )
+    reference = measure.reference(original.model, original.params, rows.batches, num_bytes=rows.num_bytes)
+    reported = measure.quality(reference, ours.model, ours.params)
     found = perplexity.evaluate_logits(peer.logits, rows.batches)
     assert found.tokens == rows.num_targets >= 1800
     ratio = perplexity.perplexity(found.nats, found.tokens) / reported.perplexity

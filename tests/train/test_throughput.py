@@ -39,6 +39,20 @@ def test_mfu_is_the_formula():
     assert throughput.overall()["tokens_per_second"] == pytest.approx(200_000 / 3)
 
 
+def test_a_few_last_steps_are_read_with_those_before():
+    now = [0.0]
+    throughput = Throughput(devices=jax.devices(), clock=lambda: now[0])
+    throughput.step_done(100)
+    for at in (1.0, 2.0, 3.0):  # the third step's time was for two
+        now[0] = at
+        throughput.step_done(100)
+    assert throughput.read() == {"step_seconds": 1.0, "tokens_per_second": 100.0}
+    throughput.step_done(100)
+    now[0] = 3.001
+    assert throughput.read() == pytest.approx({"step_seconds": 3.001 / 4, "tokens_per_second": 400 / 3.001})
+    assert throughput.overall()["tokens_per_second"] == pytest.approx(400 / 3.001)
+
+
 def test_without_a_known_peak_there_is_no_mfu_and_it_is_said(caplog):
     now = [0.0]
     with caplog.at_level("INFO", logger="absl"):
