@@ -18,6 +18,11 @@ _LENGTH = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer("calibration_batch", 16, "Rows that a layer takes at once.", lower_bound=1)
 
 
+def is_given() -> bool:
+    """Whether there is text."""
+    return _SOURCE.value is not None
+
+
 def check(method: str, *, needed: bool) -> None:
     """Whether there is text where it is needed, before anything is read.
 

@@ -59,7 +59,7 @@ def main() -> None:
         make("prune", f"{name}_sparsegpt", f"--sparsity={sparsity}", "--method=sparsegpt", *read)
     layers = model["num_layers"] // 2
     make("prune", "cut", "--width=0.5", f"--heads={model['num_heads'] // 2}", f"--depth={layers}", *read)
-    make("share", "shared", "--pattern=adjacent", f"--unique={layers}", "--init=influential", *read)
+    make("share", "shared", "--pattern=adjacent", f"--unique={layers}", *read)
     made += _train(demo, workdir, model, stages, num_steps=num_steps)
     report = workdir / "report"
     if not (report / "compress.json").exists():

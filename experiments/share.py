@@ -1,6 +1,6 @@
 r"""Makes layers of a trained model share weights or keys and values, ties its embeddings, or factorises its kernels.
 
-    python -m experiments.share --ckpt=runs/demo --dst=runs/half --pattern=adjacent --unique=2
+    python -m experiments.share --ckpt=runs/demo --dst=runs/half --pattern=adjacent --unique=2 --calibration=a.txt
     python -m experiments.share --ckpt=runs/demo --dst=runs/thin --rank=0.5 --calibration=a.txt
 
     --pattern   layers share: all, cyclic (0 1 0 1), adjacent (0 0 1 1) or sandwich (0 1 1 2)

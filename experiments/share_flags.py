@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from experiments import calibration_flags
+
 if TYPE_CHECKING:
     from gptjax.model import Model
     from gptjax.nn.sharing import SharingConfig
@@ -16,7 +18,10 @@ _PATTERN = flags.DEFINE_enum(
 )
 _UNIQUE = flags.DEFINE_integer("unique", None, "Layers that keep weights of their own.", lower_bound=1)
 _INIT = flags.DEFINE_enum(
-    "init", "first", ["first", "influential", "average"], "What shared weights begin as; influential looks at text."
+    "init",
+    None,
+    ["first", "influential", "average"],
+    "What shared weights begin as; with --calibration influential, which learns far better, else first, unless told.",
 )
 _KV_EVERY = flags.DEFINE_integer("kv_every", None, "Layers in a row that use the keys and values of the first.")
 _KV_INIT = flags.DEFINE_enum("kv_init", "first", ["first", "average"], "Whose key and value kernels it begins with.")
@@ -25,6 +30,10 @@ _RANK = flags.DEFINE_float("rank", None, "Part of each kernel's parameters that 
 _ENERGY = flags.DEFINE_float("energy", None, "Part of the outputs' square that the smallest factors keep, as 0.99.")
 _SVD = flags.DEFINE_enum("svd", "activations", ["activations", "weights"], "What factors keep: outputs, or weights.")
 _LEAVE = flags.DEFINE_string("leave", None, "Regular expression of the paths of kernels that stay whole.")
+
+
+def _init() -> Any:
+    return _INIT.value or ("influential" if calibration_flags.is_given() else "first")
 
 
 def sharing() -> SharingConfig | None:
@@ -58,9 +67,7 @@ def check() -> bool:
         raise ValueError("--rank and --energy both say how large factors are; give one")
     if _ENERGY.value is not None and _SVD.value == "weights":
         raise ValueError("--svd=weights does not read --energy, which is of outputs; give --rank")
-    return (is_low_rank and _SVD.value == "activations") or (
-        _PATTERN.value is not None and _INIT.value == "influential"
-    )
+    return (is_low_rank and _SVD.value == "activations") or (_PATTERN.value is not None and _init() == "influential")
 
 
 def given() -> str:
@@ -79,8 +86,8 @@ def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[An
         tables["keys and values"], asked["kv_every"], asked["kv_init"] = list(lines), _KV_EVERY.value, _KV_INIT.value
     pattern = sharing()
     if pattern is not None:
-        cfg, params, lines = share.layers(cfg, params, pattern, init=_INIT.value, batches=batches)  # type: ignore[arg-type]
-        tables["layers"], asked["init"] = list(lines), _INIT.value
+        cfg, params, lines = share.layers(cfg, params, pattern, init=_init(), batches=batches)
+        tables["layers"], asked["init"] = list(lines), _init()
         asked["sharing"] = {"pattern": pattern.pattern, "unique": pattern.num_unique(cfg.num_layers)}
     if _TIE.value is not None:
         cfg, params, lines = share.embeddings(cfg, params, _TIE.value)  # type: ignore[arg-type]
