@@ -126,7 +126,7 @@ def walk(
             layer += group.num_layers
             told(layer)
             continue
-        repeats = []
+        repeats: list[Params] = []
         for repeat in range(group.repeats):
             own = jax.tree.map(operator.itemgetter(repeat), params[name])
             done = {}
@@ -135,8 +135,16 @@ def walk(
                 layer += 1
                 told(layer)
             repeats.append(done)
-        out[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *repeats)
+        out[name] = _stacked(repeats)
     return out
+
+
+def _stacked(repeats: list[Params]) -> Params:
+    """The repeats as one tree; empties the list, and lets go of leaves as soon as they are in their place."""
+    structure = jax.tree.structure(repeats[0])
+    columns = [list(column) for column in zip(*map(jax.tree.leaves, repeats), strict=True)][::-1]
+    repeats.clear()
+    return jax.tree.unflatten(structure, [jnp.stack(columns.pop()) for _ in range(len(columns))])
 
 
 class _Hidden(NamedTuple):
