@@ -19,9 +19,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common
+from experiments import common, run_config_flag
 from experiments.stages import Stages, plan
+from gptjax import config as config_lib
 from gptjax.json_files import read_json
+from gptjax.nn.spec import ModelSpec
 
 _DEMO = flags.DEFINE_string("demo", "runs/demo", "Directory of the finished demo; only read.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/compressed", "Directory of what is made of it.")
@@ -31,15 +33,18 @@ _TOKENS = flags.DEFINE_integer("num_tokens", 32_768, "Held-out tokens that all a
 
 # A step of distillation runs the teacher forwards and trains half of it: about this part of a step of the teacher.
 _STEP_COST = 0.75
+# What a student has half of.
+_HALVED = ("num_layers", "num_heads", "num_kv_heads", "d_ff")
 
 
 def main() -> None:
     demo, workdir = Path(_DEMO.value), Path(_WORKDIR.value)
-    if not (demo / "summary.json").exists():
+    if not all((demo / name).exists() for name in ("summary.json", "config.json")):
         raise ValueError(f"{demo}: no finished demo there; run `make demo` first, or name another by --demo")
+    model = read_json(demo / "config.json")["model"]
+    _check(demo, model)
     num_steps = _num_steps(demo, workdir)
     stages = Stages(workdir)
-    model = read_json(demo / "config.json")["model"]
     read = [f"--calibration={demo / 'data' / 'train'}", "--calibration_rows=32"]
     int4 = ["--weights=int4", f"--group_size={math.gcd(64, model['d_model'], model['d_ff'])}"]
     made = [str(demo)]
@@ -74,8 +79,7 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, 
     """Students on the same tokens: what was cut or shares weights, taught by the original; half of it, alone."""
     config = [f"--config={_CONFIG.value}:{demo / 'data'}"]
     config += [f"--config.train.{key}={num_steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
-    halved = ("num_layers", "num_heads", "num_kv_heads", "d_ff")
-    half = [f"--config.model.{name}={model[name] // 2}" for name in halved]
+    half = [f"--config.model.{name}={model[name] // 2}" for name in _HALVED]
     sharing = json.dumps({"pattern": "adjacent", "unique": model["num_layers"] // 2})
 
     def train(command: str, name: str, *arguments: str) -> str:
@@ -92,6 +96,18 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, 
         train("pretrain", "alone", *half),
         distill("shared", f"--config.model.sharing={sharing}"),
     ]
+
+
+def _check(demo: Path, model: dict[str, Any]) -> None:
+    """What only the last stages would stumble over, after minutes."""
+    if odd := [f"{name}={model[name]}" for name in _HALVED if model[name] % 2]:
+        raise ValueError(f"{demo}: its students have half of everything; expected even numbers, got {', '.join(odd)}")
+    of_config = config_lib.from_dict(ModelSpec, run_config_flag.read(_CONFIG.value, str(demo / "data")).model)
+    if changes := config_lib.diff(config_lib.from_dict(ModelSpec, model), of_config):
+        raise ValueError(
+            f"{demo}: its model is not that of {_CONFIG.value}, which the students take the rest of theirs from "
+            f"({'; '.join(changes)}); name the config that it was trained with by --config"
+        )
 
 
 def _num_steps(demo: Path, workdir: Path) -> int:

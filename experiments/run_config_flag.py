@@ -1,7 +1,8 @@
-"""The flag `--config` of entry points that train."""
+"""Config files: the flag `--config` of entry points that train, and reading one without it."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,25 @@ def define(**sections: Callable[[], ConfigDict]) -> flags.FlagHolder:
     )
     flags.FLAGS["config"].parser = _Open(flags.FLAGS["config"].parser, sections)
     return holder
+
+
+def read(path: str, *arguments: str) -> ConfigDict:
+    """What `get_config` of a config file returns for these arguments.
+
+    Raises:
+      ValueError: if there is none, or no such file of Python.
+    """
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: expected a file of Python")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such config file") from error
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path}: expected a function get_config in it")
+    return module.get_config(*arguments)
 
 
 class _Open(flags.ArgumentParser):

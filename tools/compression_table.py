@@ -15,7 +15,6 @@ the process where a device does not say.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import re
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from experiments import compilation_cache
+from experiments import compilation_cache, run_config_flag
 
 compilation_cache.configure()
 
@@ -215,11 +214,7 @@ def _real() -> tuple[ModelConfig, Params, Rows]:
 def _random() -> tuple[ModelConfig, Params, Rows]:
     if not _RANDOM.value:
         raise app.UsageError("give --ckpt, or --random")
-    spec = importlib.util.spec_from_file_location("random_config", _RANDOM.value)
-    assert spec is not None and spec.loader is not None, "a file of Python"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = config_lib.from_dict(ModelSpec, module.get_config().model.to_dict()).build()
+    cfg = config_lib.from_dict(ModelSpec, run_config_flag.read(_RANDOM.value).model).build()
     params = transformer.init(cfg, jax.random.key(0))
     shape = _CALIBRATION_ROWS.value, _LENGTH.value + 1
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, dtype=np.int32)

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from configs import demo
+from gptjax import config
+from gptjax.nn.spec import ModelSpec
+
+MODEL = config.to_dict(config.from_dict(ModelSpec, demo.get_config().model))
 REPOSITORY = Path(__file__).parents[2]
 MADE = {
     "int8", "int4_rtn", "int4_awq", "int4_gptq", "half_magnitude", "half_wanda", "half_sparsegpt", "2of4_magnitude",
@@ -55,8 +60,16 @@ def test_every_way_is_on_the_page_and_nothing_is_made_twice(tmp_path):
     [
         ({}, "no finished demo there; run `make demo` first, or name another by --demo"),
         (
-            {"summary": {}, "plan": {"step_seconds": []}},
+            {"summary": {}, "plan": {"step_seconds": []}, "config": {"model": MODEL}},
             "no time of a step; the demo was trained with --train_minutes=0",
+        ),
+        (
+            {"summary": {}, "config": {"model": MODEL | {"num_kv_heads": 1}}},
+            "its students have half of everything; expected even numbers, got num_kv_heads=1",
+        ),
+        (
+            {"summary": {}, "config": {"model": MODEL | {"activation": "relu2"}}},
+            "activation: 'relu2' -> 'swiglu'); name the config that it was trained with by --config",
         ),
     ],
 )
