@@ -11,7 +11,6 @@ Exit status: 0 when everything is there, otherwise that of the stage that failed
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -80,21 +79,17 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, 
     config = [f"--config={_CONFIG.value}:{demo / 'data'}"]
     config += [f"--config.train.{key}={num_steps}" for key in ("num_steps", "eval_every", "checkpoint_every")]
     half = [f"--config.model.{name}={model[name] // 2}" for name in _HALVED]
-    sharing = json.dumps({"pattern": "adjacent", "unique": model["num_layers"] // 2})
 
     def train(command: str, name: str, *arguments: str) -> str:
         # It knows by itself whether there is something left to train.
         stages.run(command, *config, *arguments, f"--workdir={workdir / name}", label=name)
         return str(workdir / name)
 
-    def distill(start: str, *arguments: str) -> str:
-        return train("distill", f"{start}_distilled", *arguments, f"--teacher={demo}", f"--init={workdir / start}")
-
     return [
-        distill("cut", *half),
-        train("pretrain", "cut_trained", *half, f"--config.train.init_from={workdir / 'cut'}"),
+        train("distill", "cut_distilled", f"--teacher={demo}", f"--init={workdir / 'cut'}"),
+        train("pretrain", "cut_trained", f"--init={workdir / 'cut'}"),
         train("pretrain", "alone", *half),
-        distill("shared", f"--config.model.sharing={sharing}"),
+        train("distill", "shared_distilled", f"--teacher={demo}", f"--init={workdir / 'shared'}"),
     ]
 
 
@@ -105,7 +100,7 @@ def _check(demo: Path, model: dict[str, Any]) -> None:
     of_config = config_lib.from_dict(ModelSpec, run_config_flag.read(_CONFIG.value, str(demo / "data")).model)
     if changes := config_lib.diff(config_lib.from_dict(ModelSpec, model), of_config):
         raise ValueError(
-            f"{demo}: its model is not that of {_CONFIG.value}, which the students take the rest of theirs from "
+            f"{demo}: its model is not that of {_CONFIG.value}, by which one student is trained from scratch "
             f"({'; '.join(changes)}); name the config that it was trained with by --config"
         )
 

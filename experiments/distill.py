@@ -15,7 +15,8 @@ The config is the student's, as for experiments.pretrain; its section `distill` 
                       for on_policy_steps steps at once; of these the teacher alone is the judge
 
 Teacher and student may differ in every size and in family, and the teacher may be imported or in few bits; the
-tokenizer is the same: experiments.prepare_data --tokenizer=<teacher>/assets. A pruned student starts from --init.
+tokenizer is the same: experiments.prepare_data --tokenizer=<teacher>/assets. A student that was made from the teacher
+starts from --init=<checkpoint>, in the architecture that it has there, whatever the config's model is.
 Started again with the same config it resumes. What teaches what, by which losses, is in the log; each loss is a
 figure of metrics.jsonl.
 
@@ -30,11 +31,9 @@ from configs import base
 from experiments import common, run_config_flag
 
 _CONFIG = run_config_flag.define(distill=base.distill)
+flags.adopt_module_key_flags(run_config_flag)
 _TEACHER = flags.DEFINE_string("teacher", None, "Checkpoint or workdir that teaches; sets config.distill.teacher.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the student's run, local or gs://.", required=True)
-_INIT = flags.DEFINE_string(
-    "init", None, "Checkpoint or workdir whose parameters the student starts with; sets config.train.init_from."
-)
 _ON_POLICY = flags.DEFINE_float("on_policy", None, "Rows that the student writes; sets config.distill.on_policy.")
 
 
@@ -44,13 +43,11 @@ def main() -> int:
     from gptjax.compress import distill
     from gptjax.train.run import run
 
-    values = _CONFIG.value
+    values = _CONFIG()
     if _TEACHER.value is not None:
         values.distill.teacher = _TEACHER.value
     if _ON_POLICY.value is not None:
         values.distill.on_policy = _ON_POLICY.value
-    if _INIT.value is not None:
-        values.train.init_from = _INIT.value
     return common.train(
         lambda: run(config_lib.from_dict(distill.DistillRun, values), _WORKDIR.value, task_fn=distill.task)
     )

@@ -1,7 +1,9 @@
 """Pretrains a model, or goes on pretraining it.
 
     python -m experiments.pretrain --config=configs/demo.py --workdir=runs/demo --config.train.num_steps=100
+    python -m experiments.pretrain --config=configs/demo.py --workdir=runs/more --init=runs/half
 
+The second starts from a checkpoint, in its architecture: imported, pruned and shared models are trained on so.
 The workdir, local or gs://, gets the checkpoints, metrics.jsonl, TensorBoard files and summary.json. Started again
 with the same config it resumes. On several hosts, start it on each; Slurm and TPU VMs need no flags.
 SIGTERM and Ctrl-C save and stop after the current step.
@@ -17,6 +19,7 @@ from absl import flags
 from experiments import common, run_config_flag
 
 _CONFIG = run_config_flag.define()
+flags.adopt_module_key_flags(run_config_flag)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://.", required=True)
 
 
@@ -25,7 +28,7 @@ def main() -> int:
     from gptjax import config as config_lib
     from gptjax.train.run import RunConfig, run
 
-    return common.train(lambda: run(config_lib.from_dict(RunConfig, _CONFIG.value), _WORKDIR.value))
+    return common.train(lambda: run(config_lib.from_dict(RunConfig, _CONFIG()), _WORKDIR.value))
 
 
 if __name__ == "__main__":

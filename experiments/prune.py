@@ -3,10 +3,11 @@
     python -m experiments.prune --ckpt=runs/demo --dst=runs/half --method=sparsegpt --sparsity=0.5 --calibration=a.txt
     python -m experiments.prune --ckpt=runs/demo --dst=runs/small --width=0.75 --depth=6 --calibration=a.txt
 
-Single weights become zeros, which the checkpoint stores compactly; experiments.pretrain goes on from it, and keeps
-them, with --config.train.init_from=<dst> --config.optim.zeros=kept. The others leave a smaller model of the same kind.
-Both may be asked for at once. The table names every parameter, and why it was left. The source is only read, and --dst
-appears whole or not at all.
+Single weights become zeros, which the checkpoint stores compactly; training on keeps them with
+--init=<dst> --config.optim.zeros=kept. The others leave a smaller model of the same kind, which --init=<dst> trains on
+in its own sizes, by experiments.pretrain or, better, by experiments.distill with the original as --teacher. Both may be
+asked for at once. The table names every parameter, and why it was left. The source is only read, and --dst appears
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def main() -> None:
     entry = {"stage": "prune", "done": done, "config": how, "calibration": facts, "source": source}
     saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(params, before=model.params, destination=destination, seconds=time.perf_counter() - began)
-    print(f"to train it: --config.train.init_from={_DST.value} {prune_flags.to_train(cfg)}")
+    keep = "" if sparsity is None else " --config.optim.zeros=kept"
+    print(f"to train it: experiments.distill or pretrain with --init={_DST.value}{keep}")
 
 
 def _tell(layer: int, num_layers: int, began: float) -> None:

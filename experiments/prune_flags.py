@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from gptjax.compress.prune import Method
     from gptjax.compress.sparsegpt import SparseGPT
     from gptjax.compress.structured import Cut
-    from gptjax.nn.config import ModelConfig
     from gptjax.optim.sparsity import Sparsity
 
 _METHOD = flags.DEFINE_enum(
@@ -67,24 +66,6 @@ def way(name: str) -> Cut:
     from gptjax.compress import structured
 
     return structured.METHODS["merged_experts" if name == "experts" and _SURPLUS.value == "merged" else name]
-
-
-def to_train(cfg: ModelConfig) -> str:
-    """The flags by which a config of the original's becomes one of what was made, and goes on from it."""
-    found: dict[str, int | str] = {}
-    first = cfg.blocks[0]
-    if _DEPTH.value is not None:
-        found["model.num_layers"] = cfg.num_layers
-    if _WIDTH.value is not None and len({block.mlp for block in cfg.blocks}) == 1:
-        found["model.moe.d_ff" if hasattr(first.mlp, "num_experts") else "model.d_ff"] = first.mlp.d_ff
-    if _HEADS.value is not None:
-        found["model.num_heads"] = _HEADS.value
-        found["model.num_kv_heads"] = getattr(first.attention, "num_kv_heads", _HEADS.value)
-    if _EXPERTS.value is not None:
-        found["model.moe.num_experts"] = _EXPERTS.value
-    if _SPARSITY.value is not None:
-        found["optim.zeros"] = "kept"
-    return " ".join(f"--config.{name}={value}" for name, value in found.items())
 
 
 def cut() -> dict[str, float]:

@@ -9,12 +9,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+_OF_INIT = ("seq_len", "dtype", "remat", "quant")
 
-def define(**sections: Callable[[], ConfigDict]) -> flags.FlagHolder:
-    """Defines `--config`, a config file whose keys are then set by `--config.section.key=value`.
+
+def define(**sections: Callable[[], ConfigDict]) -> Callable[[], ConfigDict]:
+    """Defines `--config`, a config file whose keys are then set by `--config.section.key=value`, and `--init`.
 
     Args:
       sections: by name, those that a file without them gets.
+
+    Returns:
+      What gives the config that the command line says.
     """
     holder = config_flags.DEFINE_config_file(
         "config",
@@ -24,7 +29,38 @@ def define(**sections: Callable[[], ConfigDict]) -> flags.FlagHolder:
         lock_config=False,
     )
     flags.FLAGS["config"].parser = _Open(flags.FLAGS["config"].parser, sections)
-    return holder
+    init = flags.DEFINE_string(
+        "init",
+        None,
+        "Checkpoint or workdir (its newest) that training starts from: its parameters, and its architecture instead of "
+        f"config.model, of which {', '.join(_OF_INIT)} can be set. --config.train.init_from takes parameters alone.",
+    )
+
+    def config() -> ConfigDict:
+        values = holder.value
+        if init.value is not None:
+            _start_from(init.value, values)
+        return values
+
+    return config
+
+
+def _start_from(checkpoint: str, values: ConfigDict) -> None:
+    given = [name.removeprefix("config.model.") for name in flags.FLAGS if _is_given(name, "config.model.")]
+    if unread := [name for name in given if name.partition(".")[0] not in _OF_INIT]:
+        raise ValueError(
+            f"--config.model.{unread[0]} has no effect: the model is that of --init={checkpoint}; leave it out, or "
+            f"give --config.train.init_from={checkpoint} instead, which takes the parameters alone"
+        )
+    if _is_given("config.train.init_from"):
+        raise ValueError("--init and --config.train.init_from both say what training starts from; give one of them")
+    own = {name: values.model[name] for name in {"seq_len", *given} if name in values.model}
+    values.model = ConfigDict({"checkpoint": checkpoint} | own)
+    values.train.init_from = checkpoint
+
+
+def _is_given(name: str, prefix: str = "") -> bool:
+    return name.startswith(prefix) and name in flags.FLAGS and bool(flags.FLAGS[name].present)
 
 
 def read(path: str, *arguments: str) -> ConfigDict:

@@ -8,9 +8,9 @@ r"""Makes layers of a trained model share weights or keys and values, ties its e
     --tie       one table for tokens and logits
     --rank      kernels become two factors that keep what they do to the calibration text
 
-Several may be asked for at once. What shares is only a start: train it with the last line's flags beside its config,
-by experiments.pretrain or, better, by experiments.distill with the original as --teacher. The table says what was left
-and why. The source is only read, and --dst appears whole or not at all.
+Several may be asked for at once. What shares is only a start: train it with --init=<dst>, by experiments.pretrain or,
+better, by experiments.distill with the original as --teacher. The table says what was left and why. The source is only
+read, and --dst appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     entry = {"stage": "share", **asked, "calibration": facts, "source": source}
     saving.write(destination, cfg, params, entry=entry, source=model.meta, tokenizer=model.tokenizer)
     _print(tables, before=model.params, after=params, seconds=time.perf_counter() - began)
-    print(f"to train it: --config.train.init_from={_DST.value} {share_flags.to_train(asked)}")
+    print(f"to train it: experiments.distill or pretrain with --init={_DST.value}")
 
 
 def _print(tables: Mapping[str, Sequence[Line]], *, before: Params, after: Params, seconds: float) -> None:

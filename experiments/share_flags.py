@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -102,11 +101,3 @@ def apply(model: Model, batches: list[Any]) -> tuple[Any, Any, dict[str, list[An
         tables["factors"], asked["svd"] = list(lines), _SVD.value
         asked["low_rank"] = [{"pattern": rule.pattern, "rank": rule.rank} for rule in cfg.low_rank]
     return cfg, params, tables, asked
-
-
-def to_train(asked: dict[str, Any]) -> str:
-    """The flags by which a config of the original's becomes one of what was made."""
-    keys: dict[str, Any] = {name: asked[name] for name in ("sharing", "kv_every", "low_rank") if name in asked}
-    if "tie" in asked:
-        keys["tie_embeddings"] = True
-    return " ".join(f"--config.model.{name}='{json.dumps(value)}'" for name, value in keys.items())

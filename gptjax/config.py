@@ -22,7 +22,7 @@ T = TypeVar("T")
 def from_dict(cls: type[T], values: Any, *, path: str = "config") -> T:
     """Builds the dataclass `cls` from a mapping (a plain dict, a ConfigDict, parsed JSON).
 
-    Unions of dataclasses are told apart by a `kind: Literal[...]` field.
+    Unions of dataclasses are told apart by a `kind: Literal[...]` field, or else by whose keys they have.
 
     Raises:
       ValueError: on an unknown, missing or mistyped key; the message has its dotted path.
@@ -153,10 +153,7 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
     if dataclass_options and isinstance(value, tuple(dataclass_options)):  # type: ignore[arg-type]
         return value
     if dataclass_options and isinstance(value, Mapping):
-        kinds = {typing.get_args(_hints(option)["kind"])[0]: option for option in dataclass_options}  # type: ignore[arg-type]
-        if value.get("kind") not in kinds:
-            raise ValueError(f"{path}.kind: expected one of {', '.join(kinds)}, got {value.get('kind')!r}")
-        return from_dict(kinds[value["kind"]], value, path=path)  # type: ignore[arg-type]
+        return from_dict(_option_of(dataclass_options, value, path), value, path=path)
     errors = []
     for option in options:
         try:
@@ -164,6 +161,24 @@ def _convert_union(args: tuple, value: Any, path: str) -> Any:
         except ValueError as error:
             errors.append(str(error))
     raise ValueError("; or ".join(errors))
+
+
+def _option_of(options: list[Any], value: Mapping, path: str) -> type:
+    """Which of the dataclasses a mapping is of."""
+    hints = [_hints(option) for option in options]
+    if not all("kind" in own for own in hints):
+        return min(options, key=functools.partial(_num_wrong_keys, value))
+    kinds = {typing.get_args(own["kind"])[0]: option for own, option in zip(hints, options, strict=True)}
+    if value.get("kind") not in kinds:
+        raise ValueError(f"{path}.kind: expected one of {', '.join(kinds)}, got {value.get('kind')!r}")
+    return kinds[value["kind"]]
+
+
+def _num_wrong_keys(value: Mapping, cls: Any) -> int:
+    """Keys that a dataclass does not know, and that it misses."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    needed = {field.name for field in fields if not _has_default(field)}
+    return len(value.keys() - {field.name for field in fields}) + len(needed - value.keys())
 
 
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:

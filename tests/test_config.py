@@ -34,6 +34,19 @@ class Circle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Painter:
+    name: str
+    born: int
+    died: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    name: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     name: str
     width: int
@@ -44,11 +57,13 @@ class Picture:
     corner: tuple[int, int] | None = None
     scale: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    origin: Painter | Workshop | None = None
 
 
 FULL = dict(
     name="a", width=3, visible=False, shade="dark", weights={"x/y.z": 1.0, "w": 2}, corner=[1, 2], scale=2,
     shapes=[{"kind": "circle", "radius": 1}, {"kind": "square", "side": 2.5}], notes={"free": [1, "two"]},
+    origin={"name": "b", "members": ["c"]},
 )  # fmt: skip
 
 
@@ -59,7 +74,7 @@ def read(**changes):
 def test_values_get_the_types_of_the_schema():
     picture = read()
     assert picture.shapes == (Circle(radius=1.0), Square(side=2.5))
-    assert picture.corner == (1, 2)
+    assert picture.corner == (1, 2) and picture.origin == Workshop(name="b", members=("c",))
     assert (picture.weights, picture.scale) == ({"x/y.z": 1.0, "w": 2.0}, 2.0)
     assert all(isinstance(value, float) for value in (picture.scale, *picture.weights.values()))
     assert config.from_dict(Picture, {"name": "a", "width": 3}) == Picture(name="a", width=3)
@@ -89,6 +104,12 @@ def test_a_config_reads_back_equal_from_json_and_from_a_config_dict():
         ({"scale": "big"}, r"config\.scale: expected float, got 'big'"),
         ({"shapes": [{"kind": "oval"}]}, r"config\.shapes\[0\]\.kind: expected one of square, circle, got 'oval'"),
         ({"shapes": [{"side": 1.0}]}, r"config\.shapes\[0\]\.kind: expected one of square, circle, got None"),
+        (
+            {"origin": {"name": "b", "born": 3, "members": []}},
+            r"config\.origin\.members: unknown key.*born, died",
+        ),
+        ({"origin": {"members": [], "born": 3}}, r"config\.origin\.members: unknown key"),
+        ({"origin": {"name": "b", "borne": 3}}, r"config\.origin\.borne: unknown key; did you mean `born`"),
         ({"shapes": [{"kind": "square"}]}, r"config\.shapes\[0\]: missing keys: side \(of Square\)"),
         ({"shapes": [{"kind": "circle", "radius": 0}]}, r"config\.shapes\[0\]: radius=0\.0: expected above 0"),
     ],

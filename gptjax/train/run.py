@@ -70,7 +70,7 @@ def run(cfg: RunConfig, path: epath.PathLike, *, task_fn: TaskFn = setup_lib.pre
     tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
     with mesh_lib.use(cfg.mesh) as mesh:
         setup = setup_lib.make(cfg, mesh, tokenizer, task_fn=task_fn)
-        setup_lib.check_tokenizer(setup.model, tokenizer, path=cfg.data.tokenizer)
+        setup_lib.check_vocabulary(cfg, setup.model, tokenizer)
         data = _open_data(cfg, tokenizer)
         if cfg.train.init_from is not None and not (path / directory.DIRECTORY).exists():
             check_start(cfg.train.init_from, setup.model, tokenizer=tokenizer)

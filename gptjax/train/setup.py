@@ -19,6 +19,7 @@ from gptjax.parallel import rules
 from gptjax.parallel.mesh import MeshConfig
 from gptjax.train import objective as objectives
 from gptjax.train import state as state_lib
+from gptjax.train.model_of import ModelOf
 from gptjax.train.state import TrainState
 from gptjax.train.task import Task
 from gptjax.types import Objective
@@ -90,11 +91,12 @@ class RunConfig:
     Attributes:
       name: for people.
       seed: of the parameters, the order of the data and every random draw.
+      model: its keys, or whose it is.
     """
 
     name: str
     seed: int
-    model: ModelSpec
+    model: ModelSpec | ModelOf
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
@@ -180,6 +182,21 @@ def check_experts(model: ModelConfig, mesh: Mesh) -> None:
                 f"model.moe.num_experts={block.mlp.num_experts}: expected a multiple of {parts}, the parts that mesh "
                 f"axes {', '.join(rules.mesh_axes('experts'))} cut experts into; give them fewer devices"
             )
+
+
+def check_vocabulary(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises:
+    ValueError: where the model has no room for the tokenizer, or more than a config would ask for.
+    """
+    if isinstance(cfg.model, ModelSpec):
+        return check_tokenizer(model, tokenizer, path=cfg.data.tokenizer)
+    # A checkpoint's table is padded as its makers did.
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer={cfg.data.tokenizer}: has {tokenizer.vocab_size} pieces, the model of "
+            f"{cfg.model.checkpoint} {model.vocab_size}; prepare data with its own, --tokenizer=<checkpoint>/assets"
+        )
+    return None
 
 
 def check_tokenizer(model: ModelConfig, tokenizer: Tokenizer, *, path: str) -> None:

@@ -48,7 +48,7 @@ def test_everything_at_once_leaves_a_model_that_a_config_can_say(source, tmp_pat
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
-    assert f"to train it: --config.train.init_from={tmp_path}/out --config.model.sharing=" in result.stdout
+    assert f"to train it: experiments.distill or pretrain with --init={tmp_path}/out\n" in result.stdout
     assert "one layer, influential" in result.stdout
     for said in ("layers 1, 3", "of the layer before", "one table, average", "rank ", "left: asked to", "parameters "):
         assert said in result.stdout
