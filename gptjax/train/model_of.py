@@ -15,7 +15,7 @@ class ModelOf:
     """Stands in `config.model` for the keys of a `ModelSpec`: whatever was imported, pruned or shared can be trained.
 
     Attributes:
-      checkpoint: it, or a workdir for its newest one; read at every start of the run.
+      checkpoint: it, or a workdir for its newest one; read until the run has a checkpoint of its own.
       seq_len: tokens of a training row, at most what the model reads.
       dtype, remat: None for those of the checkpoint.
       quant: what products round while training, see `nn.quant_spec`; None for what the checkpoint was trained for.

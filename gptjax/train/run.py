@@ -27,7 +27,7 @@ from gptjax import lock, process
 from gptjax.checkpoint import directory
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import CheckpointStore, read_meta
+from gptjax.checkpoint.store import CheckpointStore, committed_steps, read_meta
 from gptjax.data import loader
 from gptjax.data import store as store_lib
 from gptjax.data import tokenizer as tokenizer_lib
@@ -45,6 +45,7 @@ from gptjax.train.evaluate import evaluator
 from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
 from gptjax.train.metrics import MetricsWriter, read_metrics
+from gptjax.train.model_of import ModelOf
 from gptjax.train.resume import check_start, resume, start_from
 from gptjax.train.setup import RunConfig, Setup, TaskFn, TrainConfig
 from gptjax.train.state import TrainState
@@ -69,7 +70,7 @@ def run(cfg: RunConfig, path: epath.PathLike, *, task_fn: TaskFn = setup_lib.pre
     path = directory.absolute(path)
     tokenizer = tokenizer_lib.load(cfg.data.tokenizer)
     with mesh_lib.use(cfg.mesh) as mesh:
-        setup = setup_lib.make(cfg, mesh, tokenizer, task_fn=task_fn)
+        setup = setup_lib.make(_with_own_model(cfg, path), mesh, tokenizer, task_fn=task_fn)
         setup_lib.check_vocabulary(cfg, setup.model, tokenizer)
         data = _open_data(cfg, tokenizer)
         if cfg.train.init_from is not None and not (path / directory.DIRECTORY).exists():
@@ -85,6 +86,13 @@ def run(cfg: RunConfig, path: epath.PathLike, *, task_fn: TaskFn = setup_lib.pre
             )
             with contextlib.closing(store):
                 return _train(cfg, path, setup, data, tokenizer, store)
+
+
+def _with_own_model(cfg: RunConfig, path: epath.Path) -> RunConfig:
+    """A run that goes on has its architecture in its own checkpoints, wherever that which it began with has gone."""
+    if not isinstance(cfg.model, ModelOf) or not committed_steps(path / directory.DIRECTORY):
+        return cfg
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, checkpoint=str(path)))
 
 
 class Data(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -48,6 +49,7 @@ def test_whatever_a_checkpoint_has_is_trained_on_and_reads_as_far_as_before(run_
     assert config_lib.from_dict(RunConfig, json.loads(json.dumps(config_lib.to_dict(made)))) == made
     first = run(made, tmp_path / "run")
     assert first["loss"] < run(run_config(model=of(path), train__num_steps=1), tmp_path / "scratch")["loss"]
+    shutil.rmtree(path)
     longer = dataclasses.replace(made, train=dataclasses.replace(made.train, num_steps=8))
     assert run(longer, tmp_path / "run")["step"] == 8
     meta = read_meta(tmp_path / "run" / "ckpt" / "8")
