@@ -121,6 +121,8 @@ def _flags_text(error: flags.Error) -> str:
     missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
     if missing:
         return f"missing: {', '.join(f'--{name}' for name in missing)}; --help tells what they are"
+    if isinstance(error, flags.DuplicateFlagError):
+        return "--config is given twice; give it once"
     # Of a traceback from a config file the first line names the flag, the last one what is wrong.
     first, *rest = str(error).strip().splitlines()
     where = "the config's file has its keys" if first.startswith("flag --config.") else "--help lists the flags"

@@ -3,7 +3,10 @@
     python -m experiments.pretrain --config=configs/demo.py --workdir=runs/demo --config.train.num_steps=100
     python -m experiments.pretrain --config=configs/demo.py --workdir=runs/more --init=runs/half
 
-The second starts from a checkpoint, in its architecture: imported, pruned and shared models are trained on so.
+The second starts from a checkpoint, in its architecture: imported, pruned and shared models are trained on so. With
+--config.optim.zeros=kept zeros of kernels stay, --config.optim.prune='{"sparsity": 0.5, "first_step": 100, "last_step":
+800}' makes them on the way, and --config.model.quant=int4:g32 trains for few bits.
+
 The workdir, local or gs://, gets the checkpoints, metrics.jsonl, TensorBoard files and summary.json. Started again
 with the same config it resumes. On several hosts, start it on each; Slurm and TPU VMs need no flags.
 SIGTERM and Ctrl-C save and stop after the current step.

@@ -38,6 +38,8 @@ def main() -> None:
     method, began = quantize_flags.method(), time.perf_counter()
     model = gptjax.load(_CKPT.value)
     quant = quantize_flags.rules(model.config)
+    if not quant.rules and quant.kv_cache == model.config.kv_cache:
+        raise ValueError("nothing to do: --weights=none, and keys and values are as --kv_cache says already")
     quantize.check(model.config, quant, method=method)
     batches, facts = calibration_flags.batches(model) if method.is_calibrated else ([], None)
 

@@ -66,7 +66,7 @@ class Model:
         return f"<gptjax.Model: {size:,} parameters, {pieces}{step}>"
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint, with the tokenizer where there is one, as step 0 of a new workdir.
+        """Writes a checkpoint, with the tokenizer where there is one, into a new workdir.
 
         Raises:
           ValueError: if the directory holds a checkpoint already, or writing fails.
@@ -76,9 +76,10 @@ class Model:
             if writer.steps():
                 raise ValueError(f"{directory}: holds a checkpoint already, which is not overwritten; choose another")
             names = "" if self.tokenizer is None else self.tokenizer.fingerprint
-            meta = meta_lib.make(self.config, tokenizer=names, lineage=self.lineage)
+            step, run = (0, {}) if self.meta is None else (self.meta.step, self.meta.run)
+            meta = meta_lib.make(self.config, step=step, run=run, tokenizer=names, lineage=self.lineage)
             assets = {} if self.tokenizer is None else {tokenizer_lib.FILE_NAME: self.tokenizer.to_bytes()}
-            writer.save(0, meta=meta, params=self.params, assets=assets)
+            writer.save(step, meta=meta, params=self.params, assets=assets)
         finally:
             writer.close()
 

@@ -17,7 +17,7 @@ from gptjax.api.arguments import TrainingArguments
 from gptjax.api.model import GPT4LMHeadModel
 from gptjax.api.text import GPT4Tokenizer
 from gptjax.api.trainer import Trainer
-from gptjax.compress import distill, prune, quantize
+from gptjax.compress import distill, prune, quantize, saving
 from gptjax.compress import text as text_lib
 from gptjax.compress.distill import DistillConfig
 from gptjax.compress.text import Calibration
@@ -100,7 +100,7 @@ def quantize_model(
         missing, not read or too short.
     """
     _check_model("model", model)
-    if isinstance(num_bits, bool) or num_bits not in NUM_BITS:
+    if isinstance(num_bits, bool) or not isinstance(num_bits, int) or num_bits not in NUM_BITS:
         raise ValueError(f"num_bits={num_bits!r}: expected one of {', '.join(map(str, NUM_BITS))}")
     name = method or ("rtn" if calibration is None else "gptq")
     if name not in quantize.METHODS:
@@ -134,7 +134,7 @@ def knowledge_distillation(
     What is given is untouched; what is returned is of the student's class.
 
     Args:
-      train_dataset, args: as for `Trainer`.
+      train_dataset, args: as for `Trainer`; like there, weights that were pruned stay 0.
       options: `loss`, `temperature`, `beta`, `weight` (the data's own loss has the rest) and `top_k` of
         `gptjax.compress.distill.DistillConfig`.
 
@@ -151,14 +151,22 @@ def knowledge_distillation(
     teacher: GPT4LMHeadModel = _head_model(teacher_model)
     untrained: GPT4LMHeadModel = _head_model(student_model)
     _check_pair(teacher, untrained)
+    entry = {
+        "stage": "distill",
+        **{name: getattr(config, name) for name in sorted(known)},
+        "teacher": saving.fingerprint(teacher.config, teacher.params),
+        "init_params_sha256": saving.fingerprint(untrained.config, untrained.params),
+        "examples": len(train_dataset),
+    }
     student = GPT4LMHeadModel(
         untrained.config,
         untrained.params,
         tokenizer=untrained.tokenizer or teacher.tokenizer,
-        lineage=(*untrained.lineage, {"stage": "distill", **options}),
+        lineage=(*untrained.lineage, entry),
         original=teacher,
     )
-    _Distiller(student, args, train_dataset=train_dataset, teacher=teacher, config=config).train()
+    trained = _Distiller(student, args, train_dataset=train_dataset, teacher=teacher, config=config).train()
+    student.lineage = (*untrained.lineage, entry | {"num_steps": trained.global_step})
     if isinstance(student_model, GPT4LMHeadModel):
         return student
     return dataclasses.replace(student.inner(), original=teacher.inner(), made=student.lineage)
@@ -249,7 +257,8 @@ def _head_model(model: Model | GPT4LMHeadModel) -> GPT4LMHeadModel:
 def _made(
     model: AnyModel, cfg: ModelConfig, params: Params, entry: dict[str, Any], text: Calibration | None
 ) -> AnyModel:
-    entry = entry | {"calibration": None if text is None else text.facts()}
+    source = {"params_sha256": saving.fingerprint(model.config, model.params)}
+    entry = entry | {"calibration": None if text is None else text.facts(), "source": source}
     if isinstance(model, Model):
         meta = None if model.meta is None else dataclasses.replace(model.meta, model=cfg)
         return Model(cfg, params, model.tokenizer, meta, original=model, made=(*model.made, entry))

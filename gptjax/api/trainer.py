@@ -8,7 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from absl import logging
@@ -26,7 +26,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.examples import token_ids
 from gptjax.eval import perplexity
 from gptjax.nn import transformer
-from gptjax.optim import build
+from gptjax.optim import build, zeros
 from gptjax.parallel import hosts, rules
 from gptjax.parallel import mesh as mesh_lib
 from gptjax.train import hooks, loop, setup
@@ -49,7 +49,7 @@ class TrainOutput(NamedTuple):
 
 
 class Trainer:
-    """Trains a model on all of this machine's devices, each with its part of every batch.
+    """Trains a model on all of this machine's devices, each with its part of every batch; what was pruned stays 0.
 
     Args:
       model: its parameters are replaced by the trained ones when `train` returns.
@@ -104,6 +104,8 @@ class Trainer:
         num_rows, length = args.num_rows(len(dataset)), self._row_length(dataset)
         if args.eval_strategy != "no":
             self._row_length(_required(self.eval_dataset, "eval_dataset"))
+        is_pruned = zeros.part_of_kernels(self.model.params) >= zeros.LEAST_PRUNED
+        treated: Literal["kept", "trained"] = "kept" if is_pruned else "trained"
         with (
             mesh_lib.use(_ALL_DEVICES) as mesh,
             lock.exclusive(args.output_dir),
@@ -112,7 +114,7 @@ class Trainer:
             batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.size
             num_steps = args.max_steps if num_rows is None else math.ceil(num_rows / batch_size)
             steps_per_epoch = math.ceil(len(dataset) / batch_size)
-            optimizer, state = self._start(mesh, store, num_steps)
+            optimizer, state = self._start(mesh, store, num_steps, treated)
             start_step = int(state.step)
             result = loop.fit(
                 self._objective(),
@@ -187,11 +189,13 @@ class Trainer:
             f"train(resume_from_checkpoint=True), choose another output_dir, or set overwrite_output_dir=True"
         )
 
-    def _start(self, mesh: Mesh, store: CheckpointStore, num_steps: int) -> tuple[build.Optimizer, TrainState]:
+    def _start(
+        self, mesh: Mesh, store: CheckpointStore, num_steps: int, treated: Literal["kept", "trained"]
+    ) -> tuple[build.Optimizer, TrainState]:
         config = self.model.config
         shapes, axes = transformer.abstract_params(config), transformer.param_axes(config)
         optimizer = build.build(
-            self.args.optimizer(num_steps=num_steps),
+            dataclasses.replace(self.args.optimizer(num_steps=num_steps), zeros=treated),
             shapes,
             axes,
             num_steps=num_steps,

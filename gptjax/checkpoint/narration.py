@@ -13,7 +13,11 @@ _FULL = os.strerror(errno.ENOSPC)
 def first_line(error: Exception) -> str:
     """The error's first line; TensorStore's go on for pages, with the cause at their end."""
     text = str(error).strip() or type(error).__name__
-    return f"{_FULL}: make room, and start it again" if _FULL in text else text.splitlines()[0][:300]
+    return (
+        f"{_FULL}: make room, and start it again"
+        if _FULL in text
+        else text.splitlines()[0].partition(" See full TensorStore details")[0][:300]
+    )
 
 
 def quiet_orbax() -> None:

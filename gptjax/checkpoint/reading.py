@@ -150,7 +150,10 @@ def find(path: epath.PathLike) -> epath.Path:
     """
     path = absolute(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: is a file; expected a checkpoint directory or a workdir with {DIRECTORY}/<step>")
+        raise ValueError(
+            f"{path}: is a file; expected a checkpoint directory or a workdir with {DIRECTORY}/<step>, which "
+            "experiments.import_model makes of a model of others"
+        )
     for directory in (path / DIRECTORY, path):
         steps = committed_steps(directory)
         if steps:

@@ -65,7 +65,10 @@ class CheckpointStore:
         self.directory = absolute(workdir) / DIRECTORY
         self._keep = (keep_last, keep_every, keep_best)
         if hosts.is_lead():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{workdir}: cannot be made ({error.strerror}); name another place") from error
             remove_uncommitted(self.directory)
         ocp.multihost.sync_global_processes("checkpoint_store_open")
         self._writer = ocp.AsyncCheckpointer(

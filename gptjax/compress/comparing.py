@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
+from gptjax.checkpoint import meta as meta_lib
 from gptjax.compress import measure
 from gptjax.compress.report import Variant
 from gptjax.data.tokenizer import Tokenizer
@@ -55,7 +60,16 @@ class Exam:
     def facts(self) -> dict[str, Any]:
         """What the figures are made of, in words."""
         asked = {f"questions of {name}": len(found) for name, found in self.questions.items()}
-        return {"text": self.text.name, "targets": self.text.num_targets, "bytes": self.text.num_bytes} | asked
+        device, versions = jax.devices()[0], meta_lib.versions()
+        return {
+            "text": self.text.name,
+            "targets": self.text.num_targets,
+            "bytes": self.text.num_bytes,
+            **asked,
+            "measured": meta_lib.now(),
+            "device": f"{device.device_kind}, {platform.machine()}, {os.cpu_count()} processors",
+            "versions": ", ".join(f"{name} {versions[name]}" for name in ("gptjax", "jax", "python")),
+        }
 
 
 def prepare(

@@ -11,10 +11,12 @@ from typing import Any
 
 from etils import epath
 
+from gptjax.compress import lineage
 from gptjax.compress.measure import Quality, Size, Speed, to_json
 from gptjax.eval import charts
 from gptjax.eval import report as run_report
 from gptjax.eval.tasks import Score
+from gptjax.interop import publish
 from gptjax.json_files import write_json
 
 _STYLE = (Path(run_report.__file__).parent / "report.css").read_text(encoding="utf-8")
@@ -63,10 +65,12 @@ class Comparison:
 
 def check_free(directory: epath.PathLike) -> None:
     """Raises:
-    ValueError: if a report is there already.
+    ValueError: if a report is there already, or nothing can be, before work begins that would be lost.
     """
     if (epath.Path(directory) / "compress.json").exists():
         raise ValueError(f"{directory}: has a report already, which is not overwritten; name another, or remove it")
+    if "://" not in str(directory):
+        publish.check_place(Path(directory).expanduser().absolute())
 
 
 def write(comparison: Comparison, directory: epath.PathLike) -> None:
@@ -112,7 +116,7 @@ def render(comparison: Comparison) -> str:
         ),
         (
             "Quality and speed",
-            "one reader",
+            "lower and further left is better; one reader",
             _scatter(variants, "milliseconds a token", lambda variant: 1e3 / variant.speed.decode),
         ),
         (
@@ -120,6 +124,7 @@ def render(comparison: Comparison) -> str:
             "questions answered right, and in brackets by how much more of them than by the original",
             _table(tasks),
         ),
+        ("What was done", "oldest first; compress.json has all of it", _facts(_done(variants))),
         ("Not measured", "", _facts(comparison.failures)),
         ("Made of", "", _facts(comparison.facts)),
     ]
@@ -226,6 +231,10 @@ def _scatter(variants: Sequence[Variant], name: str, x: Callable[[Variant], floa
         format_y=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
         log_y=True,
     )
+
+
+def _done(variants: Sequence[Variant]) -> dict[str, str]:
+    return {variant.name: lineage.said(variant.lineage) for variant in variants if variant.lineage}
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

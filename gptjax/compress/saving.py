@@ -26,12 +26,13 @@ def fingerprint(cfg: ModelConfig, params: Params) -> str:
 
 def check_free(destination: pathlib.Path, *, source: str) -> None:
     """Raises:
-    ValueError: if something has that name already, or it would be inside of what is only read.
+    ValueError: if something has that name already, it would be inside of what is only read, or cannot be made.
     """
     if "://" not in source and destination.resolve().is_relative_to(pathlib.Path(source).expanduser().resolve()):
         raise ValueError(f"{destination}: is inside of {source}, which is only read; name a directory beside it")
     if destination.exists():
         raise ValueError(f"{destination}: is there already, and is not overwritten; name another, or remove it")
+    publish.check_place(destination)
 
 
 def write(

@@ -47,12 +47,8 @@ def directory(final: pathlib.Path, *, job: Mapping[str, Any]) -> Iterator[pathli
       ValueError: if something has that name already, was rejected under it, or is half done and something else.
     """
     _check_free(final)
-    partial = final.with_name(final.name + ".partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if not partial.exists():
-            raise ValueError(f"{final}: cannot be made ({error.strerror}); name another place") from error
+    partial = _partial(final)
+    _make(partial, final)
     with lock.exclusive(partial):
         try:
             _check_free(final)  # another process may have finished since
@@ -69,6 +65,30 @@ def directory(final: pathlib.Path, *, job: Mapping[str, Any]) -> Iterator[pathli
         finally:
             if {path.name for path in partial.glob("*")} <= {lock.FILE_NAME, JOB_FILE}:  # nothing was begun
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_place(final: pathlib.Path) -> None:
+    """Before work begins that would be lost.
+
+    Raises:
+      ValueError: if nothing can be made there.
+    """
+    partial = _partial(final)
+    if not partial.exists():
+        _make(partial, final)
+        partial.rmdir()
+
+
+def _partial(final: pathlib.Path) -> pathlib.Path:
+    return final.with_name(final.name + ".partial")
+
+
+def _make(partial: pathlib.Path, final: pathlib.Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if not partial.exists():
+            raise ValueError(f"{final}: cannot be made ({error.strerror}); name another place") from error
 
 
 def _is_full(error: Exception) -> bool:

@@ -168,7 +168,8 @@ def check(format: WeightFormat, layout: Layout, *, path: str) -> None:
         fitting = [size for size in divisors if size <= 256] or divisors
         raise ValueError(
             f"{path}: group_size={group} does not divide its {inputs} inputs; "
-            + (f"expected one of {', '.join(map(str, fitting))}, or none" if fitting else "expected none")
+            + (f"expected one of {', '.join(map(str, fitting))}, or 0" if fitting else "expected 0")
+            + ", a scale for all of a row"
         )
 
 

@@ -28,6 +28,9 @@ from gptjax.optim import sparsity as sparsity_lib
 from gptjax.optim.groups import MatrixLayout, Treatment, path_of
 from gptjax.types import Array, Params
 
+LEAST_PRUNED = 0.01
+"""Of the kernels' weights, above which a model has been pruned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradualConfig:
@@ -61,6 +64,18 @@ def pruned_layouts(treatments: Mapping[str, Treatment]) -> dict[str, MatrixLayou
         for path, t in treatments.items()
         if t.kind == "matrix" and t.layout is not None and not t.freeze and "/router/" not in path
     }
+
+
+def part_of_kernels(params: Params) -> float:
+    """Which part of the weights of all kernels is exactly 0."""
+    leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_kernel(path_of(path))]
+    parts = jax.jit(lambda kernels: [jnp.mean(kernel == 0) for kernel in kernels])(leaves)
+    sizes = [leaf.size for leaf in leaves]
+    return sum(float(part) * size for part, size in zip(parts, sizes, strict=True)) / max(1, sum(sizes))
+
+
+def _is_kernel(path: str) -> bool:
+    return path.endswith(("/kernel", "/kernel/reduce", "/kernel/expand")) and "/router/" not in path
 
 
 def keep_zeros(

@@ -16,6 +16,7 @@ from gptjax.checkpoint.store import CheckpointStore, find, find_agreed, read_met
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
+from gptjax.optim import zeros
 from gptjax.train.state import TrainState
 from gptjax.types import Params
 
@@ -48,6 +49,15 @@ def start_from(path: str, model: ModelConfig, *, shardings: Params, tokenizer: T
     for change in meta_lib.model_differences(meta.model, model):
         logging.warning("They were trained in a model that differs (theirs -> this one): %s", change)
     return meta, params
+
+
+def warn_of_zeros(params: Params) -> None:
+    """Says so where training is about to fill in what pruning left out."""
+    part = zeros.part_of_kernels(params)
+    if part >= zeros.LEAST_PRUNED:
+        logging.warning(
+            "%.0f %% of the kernels' weights are 0, and will not stay so; optim.zeros=kept keeps them.", 100 * part
+        )
 
 
 def _check(path: str, checkpoint: epath.Path, meta: Meta, model: ModelConfig, tokenizer: Tokenizer) -> None:

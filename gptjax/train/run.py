@@ -46,7 +46,7 @@ from gptjax.train.hooks import Hook, Values
 from gptjax.train.loop import FitResult, fit
 from gptjax.train.metrics import MetricsWriter, read_metrics
 from gptjax.train.model_of import ModelOf
-from gptjax.train.resume import check_start, resume, start_from
+from gptjax.train.resume import check_start, resume, start_from, warn_of_zeros
 from gptjax.train.setup import RunConfig, Setup, TaskFn, TrainConfig
 from gptjax.train.state import TrainState
 from gptjax.train.task import Companions
@@ -170,7 +170,7 @@ def _train(
 def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
     """A new run's state, and its lineage."""
     tx, shardings = setup.optimizer.tx, setup.shardings
-    companions, stage = setup.task.companions, dict(setup.task.stage)
+    companions, stage = setup.task.companions, dict(setup.task.stage) | setup_lib.facts(cfg)
 
     def init_fn(rng: Array) -> Params:
         return {**transformer.init(setup.model, rng), **companions.init_fn(rng)}
@@ -179,11 +179,12 @@ def _start(cfg: RunConfig, setup: Setup, tokenizer: Tokenizer) -> tuple[TrainSta
         return state_lib.create(init_fn, tx, seed=cfg.seed, shardings=shardings, extra=setup.shapes.extra), [stage]
     own, others = companions.apart(shardings.params)
     meta, params = start_from(cfg.train.init_from, setup.model, shardings=own, tokenizer=tokenizer)
+    if cfg.optim.zeros == "trained" and cfg.optim.prune is None:
+        warn_of_zeros(params)
     if others:
         params = {**params, **jax.jit(companions.init_fn, out_shardings=others)(jax.random.key(cfg.seed))}
     stage |= {"init_from": cfg.train.init_from, "init_step": meta.step}
     stage["init_params_sha256"] = meta_lib.params_hash(meta.model, meta.checksums)
-    stage |= {"data": dict(cfg.data.train), "num_steps": cfg.train.num_steps, "zeros": cfg.optim.zeros}
     return state_lib.from_params(params, tx, shardings=shardings, extra=setup.shapes.extra), [*meta.lineage, stage]
 
 

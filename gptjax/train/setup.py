@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -154,6 +155,13 @@ def pretraining(cfg: RunConfig, model: ModelConfig, tokenizer: Tokenizer | None)
 def stage(name: str, cfg: RunConfig) -> dict[str, object]:
     """What every stage of training notes of itself in the lineage."""
     return {"stage": name, "name": cfg.name, "seed": cfg.seed}
+
+
+def facts(cfg: RunConfig) -> dict[str, Any]:
+    """What the lineage says of a run besides its task: as it began, a run may become longer."""
+    facts = {"data": dict(cfg.data.train), "num_steps": cfg.train.num_steps, "zeros": cfg.optim.zeros}
+    made = {"quant": cfg.model.quant, "prune": cfg.optim.prune and dataclasses.asdict(cfg.optim.prune)}
+    return facts | {name: value for name, value in made.items() if value}
 
 
 def check_batch(cfg: RunConfig, mesh: Mesh) -> None:

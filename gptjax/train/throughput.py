@@ -116,15 +116,15 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """`tokens_per_second`, `step_seconds` and `mfu` since the last call; empty when nothing was counted.
 
-        After fewer steps than before the last call, as at the end of a run, they are over both: the results of two
-        steps may arrive at once, so few steps may seem to take no time.
+        The results of two steps may arrive at once, so few steps may seem to take no time. After fewer than before the
+        last call, as at the end of a run, or in less than half the time for each, the rates are over both.
         """
         if self._since is None or not self._steps:
             return {}
         now = self._clock()
         own = shown = _Span(self._tokens, max(now - self._since, 1e-9), self._steps)
-        if own.steps < self._before.steps:
-            before = self._before
+        before = self._before
+        if own.steps < before.steps or own.seconds * before.steps < 0.5 * before.seconds * own.steps:
             shown = _Span(own.tokens + before.tokens, own.seconds + before.seconds, own.steps + before.steps)
         self._before = own
         self._all_tokens += own.tokens

@@ -10,7 +10,7 @@ import pytest
 import gptjax
 from gptjax import GPT4LMHeadModel, GPT4Tokenizer, TrainingArguments
 from gptjax.checkpoint.store import read_meta
-from gptjax.compress import prune
+from gptjax.compress import prune, saving
 from gptjax.nn import quantized, transformer
 from tests.tiny import TINY, random_params
 
@@ -141,8 +141,21 @@ def test_a_student_comes_nearer_to_its_teacher(model, tokenizer, tmp_path):
         return float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
 
     assert distance(made) < 0.8 * distance(student) and made.original is model
-    assert made.lineage[-1] == {"stage": "distill", "weight": 1.0, "temperature": 2.0}
+    last = made.lineage[-1]
+    assert (last["stage"], last["loss"], last["weight"], last["temperature"]) == ("distill", "forward_kl", 1.0, 2.0)
+    assert (last["num_steps"], last["examples"]) == (30, 32)
+    assert last["teacher"] == saving.fingerprint(model.config, model.params) != last["init_params_sha256"]
     assert {"loss", "original_loss"} < made.evaluate(TEXT).keys()
+
+
+def test_what_was_pruned_stays_zero_when_it_is_taught(model, tokenizer, tmp_path):
+    rows = [ids for ids in np.split(np.asarray(tokenizer.encode(TEXT[0] * 40)[:256], np.int32), 8)]
+    args = TrainingArguments(str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2)
+    pruned = gptjax.prune_model(model, "2:4")
+    assert pruned.lineage[-1]["source"] == {"params_sha256": saving.fingerprint(model.config, model.params)}
+    made = gptjax.knowledge_distillation(model, pruned, train_dataset=rows, args=args)
+    before, after = (each.params["group_0"]["block_0"]["mlp"]["up"]["kernel"] for each in (pruned, made))
+    assert zeros(pruned) == 0.5 and np.array_equal(before == 0, after == 0) and not np.array_equal(before, after)
 
 
 @pytest.mark.parametrize("rate", [0, 1, 1.5, -0.5, "4:4", "half"])

@@ -106,8 +106,8 @@ def test_no_point_of_the_front_is_behind_another():
     assert charts.pareto_front(points) == [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0)]
 
 
-def saved(folder, cfg, params, kind):
-    meta = meta_lib.make(cfg, tokenizer=kind.fingerprint)
+def saved(folder, cfg, params, kind, lineage=()):
+    meta = meta_lib.make(cfg, tokenizer=kind.fingerprint, lineage=lineage)
     with CheckpointStore(folder) as store:
         store.save(0, meta=meta, params=params, assets={tokenizer.FILE_NAME: kind.to_bytes()})
 
@@ -118,7 +118,12 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
     letters = tokenizer.characters("abcdefghijklmnopqrstuvwxyz. ")
     for name in ("whole", "damaged"):
         saved(tmp_path / name, *original, byte_level)
-    saved(tmp_path / long, *variant, byte_level)
+    weights, method = {"dtype": "int4", "group_size": 8}, {"rounding": "gptq", "scaling": "none"}
+    done = [
+        {"stage": "quantize", "method": method, "rules": [{"weights": weights, "activations": "none"}] * 2},
+        {"stage": "distill", "loss": "forward_kl", "num_steps": 76},
+    ]
+    saved(tmp_path / long, *variant, byte_level, done)
     saved(tmp_path / "letters", other, random_params(other), letters)
     largest = max((tmp_path / "damaged").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:1000])
@@ -142,6 +147,8 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
     page = (tmp_path / "out" / "compress.html").read_text()
     assert "a &lt;b&gt; in" in page and "<b>" not in page and page.count("<circle") == 4 and "Not measured" in page
     assert f"{small['quality']['perplexity']:,.2f}" in page
+    assert "quantize: gptq, int4 in groups of 8 → distill: forward_kl, 76 steps" in page and "gptjax" in page
+    assert figures["facts"].keys() > {"text", "measured", "device", "versions"}
     picture = ElementTree.parse(tmp_path / "out" / "compress.svg").getroot()
     assert "a name that is longer than" in "".join(picture.itertext()) and len(picture.findall("{*}circle")) == 2
     for flag, message in (("--seq_len=65", "expected at most 64, the context"), ("--num_tokens=512", "has one row")):
@@ -150,6 +157,8 @@ def test_the_command_compares_checkpoints(original, variant, tmp_path):
         other = [*command[:3], f"--ckpts={tmp_path}/whole", *data, flag, f"--out={tmp_path}/none"]
         refused = subprocess.run(other, capture_output=True, text=True, check=False)
         assert refused.returncode == 2 and message in refused.stderr and not (tmp_path / "none").exists()
+    nowhere = subprocess.run([*command[:-2], "--out=/proc/x/out"], capture_output=True, text=True, check=False)
+    assert nowhere.returncode == 2 and "error: /proc/x/out: cannot be made" in nowhere.stderr and not nowhere.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "has a report already, which is not overwritten" in again.stderr
 

@@ -53,6 +53,18 @@ def test_a_few_last_steps_are_read_with_those_before():
     assert throughput.overall()["tokens_per_second"] == pytest.approx(400 / 3.001)
 
 
+def test_a_step_that_seems_to_take_no_time_is_read_with_the_one_before():
+    now = [0.0]
+    throughput = Throughput(devices=jax.devices(), clock=lambda: now[0])
+    throughput.step_done(100)
+    found = []
+    for at in (1.0, 3.0, 3.001, 4.0, 4.6):  # the second reading had to wait for two steps
+        now[0] = at
+        throughput.step_done(100)
+        found.append(throughput.read()["step_seconds"])
+    assert found == pytest.approx([1.0, 2.0, 2.001 / 2, 0.999, 0.6])
+
+
 def test_without_a_known_peak_there_is_no_mfu_and_it_is_said(caplog):
     now = [0.0]
     with caplog.at_level("INFO", logger="absl"):
