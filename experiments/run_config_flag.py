@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+# How a model is trained, not what it is.
 _OF_INIT = ("seq_len", "dtype", "remat", "quant")
 
 
@@ -33,7 +34,7 @@ def define(**sections: Callable[[], ConfigDict]) -> Callable[[], ConfigDict]:
         "init",
         None,
         "Checkpoint or workdir (its newest) that training starts from: its parameters, and its architecture instead of "
-        f"config.model, of which {', '.join(_OF_INIT)} can be set. --config.train.init_from takes parameters alone.",
+        f"config.model, of which only {', '.join(_OF_INIT)} count then. --config.train.init_from takes parameters alone.",
     )
 
     def config() -> ConfigDict:
@@ -54,7 +55,7 @@ def _start_from(checkpoint: str, values: ConfigDict) -> None:
         )
     if _is_given("config.train.init_from"):
         raise ValueError("--init and --config.train.init_from both say what training starts from; give one of them")
-    own = {name: values.model[name] for name in {"seq_len", *given} if name in values.model}
+    own = {name: values.model[name] for name in _OF_INIT if values.model.get(name) is not None}
     values.model = ConfigDict({"checkpoint": checkpoint} | own)
     values.train.init_from = checkpoint
 

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 SPEC = ModelSpec(**vars(TINY) | {"vocab_size": 260, "sharing": SharingConfig(pattern="all")})
 SHORT = (
     "--config.model.seq_len=16", "--config.train.num_steps=2", "--config.data.batch_size=8",
-    "--config.train.eval_batches=1",
+    "--config.train.eval_batches=1", "--config.model.dtype=float32",
 )  # fmt: skip
 
 
