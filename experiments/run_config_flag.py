@@ -34,7 +34,8 @@ def define(**sections: Callable[[], ConfigDict]) -> Callable[[], ConfigDict]:
         "init",
         None,
         "Checkpoint or workdir (its newest) that training starts from: its parameters, and its architecture instead of "
-        f"config.model, of which only {', '.join(_OF_INIT)} count then. --config.train.init_from takes parameters alone.",
+        f"config.model, of which only {', '.join(_OF_INIT)} count then. --config.train.init_from takes the parameters "
+        "alone.",
     )
 
     def config() -> ConfigDict:
