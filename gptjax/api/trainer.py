@@ -73,6 +73,10 @@ class Trainer:
         tokenizer = tokenizer or (data_collator.tokenizer if data_collator else None)
         if tokenizer is None:
             raise ValueError("Trainer: give a tokenizer, or a data_collator that has one")
+        if model.config.has_stored_kernels:
+            raise ValueError(
+                "Trainer: the model's kernels are in few bits, which do not train; train it in floats first"
+            )
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

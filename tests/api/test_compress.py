@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import GPT4LMHeadModel, GPT4Tokenizer, TrainingArguments
+from gptjax import GPT4LMHeadModel, GPT4Tokenizer, Trainer, TrainingArguments
 from gptjax.checkpoint.store import read_meta
 from gptjax.compress import prune, saving
 from gptjax.nn import quantized, transformer
@@ -211,5 +211,7 @@ def test_other_mistakes_are_named(model, tokenizer):
             gptjax.knowledge_distillation(other, model, train_dataset=[[1, 2]], args=args)
     with pytest.raises(ValueError, match="student_model: its kernels are in few bits"):
         gptjax.knowledge_distillation(model, stored, train_dataset=[[1, 2]], args=args)
+    with pytest.raises(ValueError, match="Trainer: the model's kernels are in few bits, which do not train"):
+        Trainer(stored, args, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="tau: unknown; expected of beta, loss"):
         gptjax.knowledge_distillation(model, model, train_dataset=[[1, 2]], args=args, tau=2.0)
