@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
+from absl import flags, logging
 
 if TYPE_CHECKING:
     from gptjax.model import Model
@@ -51,4 +51,10 @@ def batches(model: Model) -> tuple[list[Array], dict[str, Any]]:
     length = _LENGTH.value or min(model.config.seq_len, 512)
     check_length(model.config, length)
     found = text.calibration(_SOURCE.value, model.tokenizer, rows=_ROWS.value, length=length)
+    if _ROWS.value * length < model.config.d_model:
+        logging.warning(
+            "%d calibration tokens say little of kernels with %d inputs and more; give some thousands.",
+            _ROWS.value * length,
+            model.config.d_model,
+        )
     return found.batches(rows_at_once=_BATCH.value), found.facts()

@@ -16,7 +16,9 @@ _METHOD = flags.DEFINE_enum(
     "method", "sparsegpt", ["magnitude", "wanda", "sparsegpt"], "How weights are chosen; sparsegpt also moves the rest."
 )
 _SPARSITY = flags.DEFINE_string("sparsity", None, "Fraction of weights that become 0, or n:m that stay, as 0.5 or 2:4.")
-_WIDTH = flags.DEFINE_float("width", None, "Part of each feed-forward layer's hidden units that stays, as 0.75.")
+_WIDTH = flags.DEFINE_float(
+    "width", None, "Part of each feed-forward layer's hidden units that stays, as 0.75; multiples of 8 do."
+)
 _HEADS = flags.DEFINE_integer("heads", None, "Attention heads that stay, by groups that share a key/value head.")
 _DEPTH = flags.DEFINE_integer("depth", None, "Layers that stay.")
 _EXPERTS = flags.DEFINE_integer("experts", None, "Experts of a mixture that stay.")

@@ -74,9 +74,7 @@ class Trainer:
         if tokenizer is None:
             raise ValueError("Trainer: give a tokenizer, or a data_collator that has one")
         if model.config.has_stored_kernels:
-            raise ValueError(
-                "Trainer: the model's kernels are in few bits, which do not train; train it in floats"
-            )
+            raise ValueError("Trainer: the model's kernels are in few bits, which do not train; train it in floats")
         self.model, self.args, self.tokenizer = model, args, tokenizer
         self.data_collator = data_collator or DataCollatorForLanguageModeling(tokenizer, mlm=False)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
