@@ -95,10 +95,11 @@ def _train(demo: Path, workdir: Path, model: dict[str, Any], stages: Stages, *, 
 
 def _check(demo: Path, model: dict[str, Any]) -> None:
     """What only the last stages would stumble over, after minutes."""
+    of_demo = config_lib.from_dict(ModelSpec, model, path=f"{demo}/config.json: model")
     if odd := [f"{name}={model[name]}" for name in _HALVED if model[name] % 2]:
         raise ValueError(f"{demo}: its students have half of everything; expected even numbers, got {', '.join(odd)}")
     of_config = config_lib.from_dict(ModelSpec, run_config_flag.read(_CONFIG.value, str(demo / "data")).model)
-    if changes := config_lib.diff(config_lib.from_dict(ModelSpec, model), of_config):
+    if changes := config_lib.diff(of_demo, of_config):
         raise ValueError(
             f"{demo}: its model is not that of {_CONFIG.value}, by which one student is trained from scratch "
             f"({'; '.join(changes)}); name the config that it was trained with by --config"

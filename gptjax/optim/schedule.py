@@ -97,7 +97,7 @@ def _check(num_steps: int, warmup_steps: int, final_scale: float, decay_fraction
         raise ValueError(f"decay_fraction=0.0: {shape} needs a part of the run to decay in; use 'constant' for none")
     if warmup_steps >= num_steps:
         logging.warning(
-            "warmup_steps=%d is not below num_steps=%d: its peak is not reached before the end.",
+            "warmup_steps=%d is not below num_steps=%d: the learning rate stays below its peak.",
             warmup_steps,
             num_steps,
         )

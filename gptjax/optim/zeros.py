@@ -67,7 +67,7 @@ def pruned_layouts(treatments: Mapping[str, Treatment]) -> dict[str, MatrixLayou
 
 
 def part_of_kernels(params: Params) -> float:
-    """Which part of the weights of all kernels is exactly 0."""
+    """Which part of the weights of all layers' kernels is exactly 0."""
     leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if _is_kernel(path_of(path))]
     parts = jax.jit(lambda kernels: [jnp.mean(kernel == 0) for kernel in kernels])(leaves)
     sizes = [leaf.size for leaf in leaves]
@@ -75,7 +75,8 @@ def part_of_kernels(params: Params) -> float:
 
 
 def _is_kernel(path: str) -> bool:
-    return path.endswith(("/kernel", "/kernel/reduce", "/kernel/expand")) and "/router/" not in path
+    is_left = path.startswith("head/") or "/router/" in path
+    return path.endswith(("/kernel", "/kernel/reduce", "/kernel/expand")) and not is_left
 
 
 def keep_zeros(

@@ -43,11 +43,7 @@ class ModelOf:
           ValueError: if there is no checkpoint, it is in few bits, or it reads no rows as long.
         """
         found = read_meta(find_agreed(self.checkpoint)).model
-        if found.has_stored_kernels:
-            raise ValueError(
-                f"{self.checkpoint}: its kernels are in few bits, which do not train; start from the checkpoint in "
-                "floats that it was made from"
-            )
+        check_floats(found, self.checkpoint)
         if self.seq_len > found.seq_len:
             raise ValueError(
                 f"model.seq_len={self.seq_len}: the model of {self.checkpoint} reads at most {found.seq_len} tokens; "
@@ -57,3 +53,14 @@ class ModelOf:
         if self.quant is not None:
             own["quant"] = quant_spec.parse(self.quant)
         return dataclasses.replace(found, **own)
+
+
+def check_floats(model: ModelConfig, name: str) -> None:
+    """Raises:
+    ValueError: for the model of a checkpoint, called `name`, that is no start for training.
+    """
+    if model.has_stored_kernels:
+        raise ValueError(
+            f"{name}: its kernels are in few bits, which do not train; start from the checkpoint in floats that it was "
+            "made from"
+        )

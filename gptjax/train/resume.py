@@ -17,6 +17,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.nn import transformer
 from gptjax.nn.config import ModelConfig
 from gptjax.optim import zeros
+from gptjax.train.model_of import check_floats
 from gptjax.train.state import TrainState
 from gptjax.types import Params
 
@@ -61,11 +62,7 @@ def warn_of_zeros(params: Params) -> None:
 
 
 def _check(path: str, checkpoint: epath.Path, meta: Meta, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    if meta.model.has_stored_kernels:
-        raise ValueError(
-            f"train.init_from={path}: its kernels are in few bits, which do not train; start from the checkpoint in "
-            "floats that it was made from"
-        )
+    check_floats(meta.model, f"train.init_from={path}")
     theirs, ours = (arrays.flatten(transformer.abstract_params(cfg)) for cfg in (meta.model, model))
     for line in arrays.mismatches(ours, theirs):
         raise ValueError(f"train.init_from={path}: {line}; expected a model of the same sizes")
